@@ -1,0 +1,1 @@
+"""mm_jax: multimodal large language models in JAX."""

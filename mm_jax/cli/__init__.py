@@ -1,0 +1,1 @@
+"""The commands of `python -m mm_jax`, one file each."""

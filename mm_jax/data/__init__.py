@@ -1,0 +1,1 @@
+"""From chat messages to packed batches, all in numpy on the host."""

@@ -1,0 +1,1 @@
+"""Scores, tables and the report page."""

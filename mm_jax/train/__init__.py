@@ -1,0 +1,1 @@
+"""Stages, losses, the optimizer, the one step and the one loop."""
