@@ -1,0 +1,43 @@
+"""Colours: the named ones that questions ask about, backgrounds, and readable ink."""
+
+import random
+
+Colour = tuple[int, int, int]
+
+COLOURS: dict[str, Colour] = {
+    "red": (222, 36, 36),
+    "green": (38, 160, 58),
+    "blue": (36, 78, 222),
+    "yellow": (240, 216, 36),
+    "purple": (148, 48, 178),
+    "orange": (246, 136, 26),
+}
+NEUTRAL: tuple[Colour, ...] = (
+    (255, 255, 255),
+    (246, 242, 232),
+    (214, 216, 220),
+    (120, 122, 126),
+    (58, 60, 66),
+    (12, 12, 14),
+)
+
+
+def shade(rng: random.Random, colour: Colour, amount: int = 12) -> Colour:
+    """The colour with each channel moved by at most `amount`."""
+    return tuple(min(255, max(0, value + rng.randint(-amount, amount))) for value in colour)
+
+
+def background(rng: random.Random) -> Colour:
+    return shade(rng, rng.choice(NEUTRAL), 6)
+
+
+def luminance(colour: Colour) -> float:
+    return 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
+
+
+def ink_and_paper(rng: random.Random, contrast: float = 90) -> tuple[Colour, Colour]:
+    """Two random colours whose luminance (0..255) differs by at least `contrast`; either may be lighter."""
+    while True:
+        ink, paper = (tuple(rng.randint(0, 255) for _ in range(3)) for _ in range(2))
+        if abs(luminance(ink) - luminance(paper)) >= contrast:
+            return ink, paper
