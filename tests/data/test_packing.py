@@ -54,7 +54,7 @@ def test_batch_sizes_are_checked():
 
 
 def test_collate_by_literal_example():
-    """Two pictures and a clip in a row of 16: features are [image 0: 0-2 | image 1: 3-5 | clip 0: 6-7 | clip 1]."""
+    """Three picture and two clip slots: features 0-2, 3-5 and 6-8 are pictures, 9-10 and 11-12 are clips."""
     row = [
         example([9, 9, 9, 5, 6], images=1, source="b", fill=1),
         example([7, 8]),
@@ -126,7 +126,8 @@ def test_accumulation_is_a_leading_axis():
 def test_at_least_95_percent_real_tokens(images):
     """Log-normal lengths around 40 tokens in rows of 256, with and without pictures that share the budget."""
     batch = BatchConfig(rows=1, length=256, images=12 if images else 0)
-    encode, source, packer = Encode(median=40, longest=220, images=images), Numbers("a", 4000), FirstFitPacker(batch)
+    encode, source = Encode(median=40, longest=220, images=images), Numbers("a", 4000)
+    packer = FirstFitPacker(batch)
     finished = []
     for i in range(len(source)):
         sample = encode(source[i])

@@ -38,7 +38,7 @@ def assert_same(first, second):
 
 
 def seen(batches):
-    """(source number, sample number) of every example in the batches; the stand-ins carry it in their first token."""
+    """(source number, sample number) of every example; stand-ins carry the latter as first token."""
     found = []
     for arrays, _ in batches:
         first = (arrays["positions"] == 0) & (arrays["segment_ids"] > 0)
@@ -50,7 +50,11 @@ VARIANTS = {
     "media": {},
     "accumulate": {"batch": dataclasses.replace(BATCH, accumulate=2)},
     "dense": {"encode": Encode(images=2, audio=1, targets=True), "layout": DENSE},
-    "pairs": {"mixture": {"pairs": 1}, "batch": dataclasses.replace(BATCH, pairs=2), "encode": Encode(images=1)},
+    "pairs": {
+        "mixture": {"pairs": 1},
+        "batch": dataclasses.replace(BATCH, pairs=2),
+        "encode": Encode(images=1),
+    },
     "drops": {"encode": dataclasses.replace(MEDIA, bad=frozenset(f"a-{i}" for i in range(0, 40, 3)))},
 }
 
@@ -129,7 +133,8 @@ def test_processes_share_the_samples_and_each_has_the_whole_mixture():
                                 (data._plan._stream[k] for k in range(40))]  # fmt: skip
     for index in range(2):
         assert collections.Counter(source for source, _, _ in positions[index]) == {"a": 20, "b": 20}
-    first_epoch = [number for part in positions.values() for source, epoch, number in part if (source, epoch) == ("a", 0)]
+    both = positions[0] + positions[1]
+    first_epoch = [number for source, epoch, number in both if (source, epoch) == ("a", 0)]
     assert sorted(first_epoch) == list(range(40))
 
 
@@ -175,7 +180,8 @@ def test_bad_samples_are_counted_by_source_and_reason():
 
 
 def test_strict_stops_at_the_first_bad_sample():
-    with train_data({"a": 1.0}, encode=dataclasses.replace(MEDIA, bad=frozenset({"a-3"})), strict=True) as data:
+    encode = dataclasses.replace(MEDIA, bad=frozenset({"a-3"}))
+    with train_data({"a": 1.0}, encode=encode, strict=True) as data:
         with pytest.raises(UserError, match='sample "a-3" of source "a": a-3 is bad'):
             take(data, 30)
 
@@ -193,8 +199,9 @@ def broken(conversation):
 
 
 def test_any_exception_of_a_sample_is_a_counted_drop():
-    with train_data({"b": 1.0}, encode=broken) as data, pytest.raises(UserError, match="mostly error_KeyError"):
-        next(data)
+    with train_data({"b": 1.0}, encode=broken) as data:
+        with pytest.raises(UserError, match="mostly error_KeyError"):
+            next(data)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +212,7 @@ def test_any_exception_of_a_sample_is_a_counted_drop():
         ({"mixture": {"a": float("nan")}}, 'weight of source "a" is nan'),
         ({"mixture": {"a": 0.0}}, "no source has a weight above 0"),
         ({"mixture": {}}, "no source has a weight above 0"),
-        ({"mixture": {"e": 1.0}, "sources": {"e": Numbers("e", 0)}}, 'source "e" of the mixture holds no samples'),
+        ({"mixture": {"e": 1.0}, "sources": {"e": Numbers("e", 0)}}, 'source "e" .* holds no samples'),
         ({"workers": -1}, "workers is -1"),
         ({"process": (2, 2)}, "process index 2 is not one of 2"),
     ],
@@ -242,5 +249,6 @@ def test_nothing_is_left_on_stderr(ending):
             take(data, 3)
             {ending}
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
