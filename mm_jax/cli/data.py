@@ -1,0 +1,115 @@
+"""`data`: generate the data sets of a config, or show what its sources hold."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mm_jax.cli.arguments import split_arguments
+from mm_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from mm_jax.train.config import RunConfig
+
+HELP = """usage: python -m mm_jax data prepare|show CONFIG.py [--any.field value ...]
+
+  prepare   generate the mm_jax_quickstart data sets that the config names and data_dir lacks
+  show      conversations, lengths and dropped samples by source, and an example with its loss mask
+
+example: python -m mm_jax data show configs/quickstart.py"""
+
+BUILDER = "mm_jax_quickstart"
+SHOWN = 200  # conversations looked at by source
+
+
+def main(argv: Sequence[str]) -> int:
+    actions = {"prepare": make_missing, "show": show}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if argv else 2
+    action, *rest = argv
+    if action not in actions:
+        raise UserError(f'unknown action "{action}"{nearest(action, actions)}')
+    parsed = split_arguments(rest, HELP)
+    if parsed is None:
+        return 0
+    from mm_jax.train.config import load_config
+
+    actions[action](load_config(parsed.path, parsed.rest))
+    return 0
+
+
+def make_missing(config: "RunConfig") -> None:
+    """Generates the quickstart data sets named by the sources of `config` where `data_dir` lacks them."""
+    names = [s.path.partition("/")[2] for s in config.sources.values()
+             if s.kind == "tfds" and s.path.partition("/")[0] == BUILDER]  # fmt: skip
+    if names:
+        from mm_jax.data.quickstart import prepare
+
+        prepare(config.data_dir, sorted(set(names)))
+
+
+def show(config: "RunConfig") -> None:
+    """Prints a table of the sources and one rendered example each; answer tokens stand in [brackets]."""
+    import numpy as np
+
+    from mm_jax.data.processor import fit_processor
+    from mm_jax.data.sources import open_source
+    from mm_jax.train.setup import sample
+
+    make_missing(config)
+    sources = {name: open_source(name, s, config.data_dir) for name, s in config.sources.items()}
+    looked = {name: sample(source, SHOWN) for name, source in sources.items()}
+    processor = fit_processor(config.processor, [c for cs in looked.values() for c in cs], config.vocab_size)
+    print(
+        f"{'source':16} {'samples':>8} {'dropped':>8} {'length':>13} {'answer':>8} {'images':>7} {'audio':>6}"
+    )
+    shown = []
+    for name, conversations in looked.items():
+        examples = []
+        for conversation in conversations:
+            try:
+                examples.append(processor.example(conversation))
+            except UserError:
+                continue
+        if not examples:
+            print(f"{name:16} {len(sources[name]):8} {len(conversations):8}")
+            continue
+        lengths = [len(e.tokens) for e in examples]
+        mean = lambda values: f"{np.mean(list(values)):.1f}"  # noqa: E731
+        print(
+            f"{name:16} {len(sources[name]):8} {len(conversations) - len(examples):8} "
+            f"{min(lengths):4}{np.mean(lengths):5.0f}{max(lengths):4} "
+            f"{mean((e.loss_weights > 0).sum() for e in examples):>8} "
+            f"{mean(len(e.pixel_values) for e in examples):>7} "
+            f"{mean(len(e.audio_values) for e in examples):>6}"
+        )
+        shown.append((name, examples[0]))
+    print("(length in tokens: shortest, mean, longest; tokenizer made from these samples alone)\n")
+    for name, example in shown:
+        print(f"{name}: {render(processor, example)}\n")
+
+
+def render(processor: "object", example: "object") -> str:
+    """The tokens of an example as text, trained ones in [brackets], runs of media tokens as <image x16>."""
+    pieces: list[str] = []
+    position, inside = 0, False
+    while position < len(example.tokens):
+        image, audio = example.image_index[position] >= 0, example.audio_index[position] >= 0
+        kind = "image" if image else "audio" if audio else ""
+        trained = bool(example.loss_weights[position] > 0)
+        if trained != inside:
+            pieces.append("[" if trained else "]")
+            inside = trained
+        end = position + 1
+        while end < len(example.tokens) and _same(example, position, end):
+            end += 1
+        if kind:
+            pieces.append(f"<{kind} x{end - position}>")
+        else:
+            pieces.append(processor.tokenizer.decode(example.tokens[position:end].tolist()))
+        position = end
+    return "".join(pieces) + ("]" if inside else "")
+
+
+def _same(example: "object", a: int, b: int) -> bool:
+    media = [(example.image_index[i] >= 0, example.audio_index[i] >= 0) for i in (a, b)]
+    return media[0] == media[1] and (example.loss_weights[a] > 0) == (example.loss_weights[b] > 0)

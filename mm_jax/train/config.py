@@ -1,0 +1,227 @@
+"""A run as data: the model, the processor, the sources and a list of stages, all frozen dataclasses."""
+
+import json
+import runpy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from mm_jax.data.pipeline import BatchConfig
+from mm_jax.data.processor import ProcessorConfig
+from mm_jax.data.sources import SourceConfig
+from mm_jax.errors import UserError, nearest
+from mm_jax.models import MultimodalConfig
+from mm_jax.train.serialize import first_difference, from_json, to_json
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; the learning rate rises linearly over `warmup_steps`, then falls by a cosine."""
+
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    final_fraction: float = 0.02
+    """Learning rate of the last step, as a fraction of `learning_rate`."""
+    weight_decay: float = 0.02
+    """Not applied to norms, biases, embeddings and other 1-d parameters."""
+    clip_norm: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """How a preference stage gets its pairs: from the model's own answers to questions of the mixture."""
+
+    tasks: tuple[str, ...] = ("exists",)
+    """Question types (`Message.task`) to ask."""
+    right_answers: tuple[str, ...] = ()
+    """Only questions with one of these right answers, such as "no" against claims about absent things."""
+    questions: int = 2000
+    """Questions asked; each wrong answer becomes a pair."""
+    pairs: int = 400
+    """Pairs wanted. When the model makes fewer mistakes, the wrong answers it finds likeliest fill up."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a mixture, the paths that move, a loss and a schedule."""
+
+    steps: int
+    mixture: dict[str, float]
+    """Source name -> weight; a source is drawn with probability proportional to its weight."""
+    trainable: tuple[str, ...]
+    """Regular expressions for the leading components of parameter paths: "decoder", ".*_projector"."""
+    batch: BatchConfig
+    loss: Literal["dense", "next_token", "preference"] = "next_token"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    media: bool = True
+    """False drops images and audio from the samples: the language stage."""
+    answer_weight: Literal["token", "sqrt"] = "sqrt"
+    """Every answer token weighs 1, or 1/sqrt(answer length), so that long answers do not drown short ones."""
+    positive_weight: float = 4.0
+    """dense: weight of a present label against an absent one."""
+    beta: float = 0.1
+    """preference: strength of the pull towards the reference model (DPO)."""
+    preference: PreferenceConfig = PreferenceConfig()
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep; the end of every stage is always saved."""
+
+    every_steps: int = 500
+    keep_last: int = 2
+    keep_best: int = 1
+    """Checkpoints with the lowest training loss since the save before, kept beside the last ones."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the result of a run."""
+
+    name: str
+    model: MultimodalConfig
+    processor: ProcessorConfig
+    sources: dict[str, SourceConfig]
+    stages: dict[str, Stage]
+    vocab_size: int = 2048
+    """Wanted size of the tokenizer trained on the run's own text; small text may give fewer."""
+    seed: int = 0
+    data_dir: str = "data"
+    """Directory of the TFDS data sets."""
+    tokenizer_conversations: int = 20_000
+    """Conversations of each source from which tokenizer and label words are made."""
+    strict: bool = False
+    """Stop at the first unusable sample instead of counting and skipping it."""
+    workers: int = 0
+    """Processes that prepare samples; 0 prepares them in background threads."""
+    log_every: int = 20
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+# Fields that may change between two starts of one run, because they do not change what it computes.
+FREE_FIELDS = ("name", "data_dir", "workers", "log_every", "checkpoint", "strict")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a Python file with `get_config()`, changed by `--dotted.field value` overrides.
+
+    >>> load_config("configs/quickstart.py", ["--stages.align.steps", "100"])  # doctest: +SKIP
+
+    Raises:
+        UserError: no such file, no `get_config`, an unknown field (the nearest name is offered).
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UserError(f'there is no config "{path}"' + (nearest(str(path), known) if known else ""))
+    namespace = runpy.run_path(str(path))
+    if "get_config" not in namespace:
+        raise UserError(f"{path} has no function get_config()")
+    base = namespace["get_config"]()
+    if not isinstance(base, RunConfig):
+        raise UserError(f"{path}: get_config() returns {type(base).__name__}, RunConfig is needed")
+    config = override(base, overrides, prog=f"python -m mm_jax train {path}")
+    check(config)
+    return config
+
+
+def override(base: RunConfig, arguments: Sequence[str], prog: str = "mm_jax") -> RunConfig:
+    """`base` with `--dotted.field value` (or `=value`) replaced; `--help` prints all fields and exits."""
+    known = _dotted(to_json(base))
+    spread: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and name != "--help":
+            plain = name[2:].replace("-", "_")
+            last = plain.rpartition(".")
+            negated = f"{last[0]}.{last[2][3:]}".lstrip(".") if last[2].startswith("no_") else plain
+            if plain not in known and negated not in known:
+                raise UserError(f'unknown option "{name}"{nearest(plain, known)}')
+        spread += [name, value] if equals and name.startswith("--") else [argument]
+    if not spread:
+        return base
+    return tyro.cli(
+        RunConfig,
+        default=base,
+        args=spread,
+        prog=prog,
+        config=(tyro.conf.AvoidSubcommands,),
+        description="Any field of the config, for example: --stages.align.steps 100",
+    )
+
+
+def check(config: RunConfig) -> None:
+    """Mistakes that a config can show without data or model.
+
+    Raises:
+        UserError: the first one found.
+    """
+    if not config.stages:
+        raise UserError("stages is empty: a run needs at least one stage")
+    for name, stage in config.stages.items():
+        where = f"stages.{name}"
+        if not name.isidentifier():
+            raise UserError(f'stage name "{name}" is not a plain name: it becomes a directory')
+        if stage.steps < 1:
+            raise UserError(f"{where}.steps is {stage.steps}, at least 1 is needed")
+        if not stage.mixture:
+            raise UserError(f"{where}.mixture is empty: name at least one source")
+        for source, weight in stage.mixture.items():
+            if source not in config.sources:
+                raise UserError(f'{where}.mixture names "{source}"{nearest(source, config.sources)}')
+            if not weight > 0:
+                raise UserError(f"{where}.mixture.{source} is {weight}, a weight above 0 is needed")
+        if stage.batch.accumulate < 1 or stage.batch.rows < 1:
+            raise UserError(f"{where}.batch: rows and accumulate must be at least 1")
+        if stage.loss == "preference" and stage.batch.pairs < 1:
+            raise UserError(f"{where}.batch.pairs is 0: a preference stage needs pairs in every row")
+        if stage.optimizer.learning_rate <= 0:
+            raise UserError(f"{where}.optimizer.learning_rate is {stage.optimizer.learning_rate}")
+    if config.checkpoint.keep_last < 1:
+        raise UserError("checkpoint.keep_last must be at least 1, or a run could not be resumed")
+
+
+def save_config(config: RunConfig, run_dir: Path) -> None:
+    """Writes `config.json` whole or not at all."""
+    text = json.dumps(to_json(config), indent=1)
+    temporary = run_dir / "config.json.tmp"
+    temporary.write_text(text + "\n")
+    temporary.replace(run_dir / "config.json")
+
+
+def read_config(run_dir: str | Path) -> RunConfig:
+    """The config of a run directory.
+
+    Raises:
+        UserError: no run there, or `config.json` is damaged or of another version.
+    """
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
+        raise UserError(f'"{run_dir}" is not a run directory (no config.json in it)')
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    return from_json(RunConfig, value, str(path))
+
+
+def check_same_run(config: RunConfig, run_dir: Path) -> None:
+    """Raises UserError naming the first field in which `config` differs from the run in `run_dir`."""
+    found = first_difference(to_json(config), to_json(read_config(run_dir)), ignore=FREE_FIELDS)
+    if found:
+        path, ours, theirs = found
+        raise UserError(
+            f'"{run_dir}" holds a run of another config: {path} is {theirs!r} there and {ours!r} here; '
+            "choose another --run directory or use the same config"
+        )
+
+
+def _dotted(value: Any, where: str = "") -> list[str]:
+    if not isinstance(value, dict):
+        return [where]
+    return [name for key, item in value.items() for name in _dotted(item, f"{where}.{key}".lstrip("."))]

@@ -1,0 +1,169 @@
+"""The three losses of a stage: dense targets for encoders, next token, preference (DPO).
+
+Every loss is a sum of *terms*; a term is a numerator that depends on the parameters and a denominator that
+depends on the batch alone. Denominators are taken over all micro-batches before the first backward pass, so
+accumulated gradients equal those of one big batch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Batch = Mapping[str, jax.Array]
+Sums = dict[str, jax.Array]
+Apply = Callable[..., Any]
+"""(params, batch, method=None) -> model output."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """loss = sum over terms of numerators[term] / denominators[term].
+
+    denominators(batch) -> {term: scalar}; works with and without a leading [A].
+    numerators(apply, params, batch) -> ({term: scalar}, metrics {name: [numerator, denominator]}).
+    """
+
+    denominators: Callable[[Batch], Sums]
+    numerators: Callable[[Apply, Any, Batch], tuple[Sums, Sums]]
+
+
+def next_token_weights(batch: Batch) -> jax.Array:
+    """Weights [..., S-1] of predicting tokens[1:] from the position before, within a segment."""
+    segments = batch["segment_ids"]
+    same = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] > 0)
+    return batch["loss_weights"][..., 1:] * same
+
+
+def token_log_probs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of tokens[:, t] by logits[:, t-1], and whether it is the likeliest: both [B, S-1]."""
+    logits = logits[:, :-1].astype(jnp.float32)
+    gold = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    top = jax.lax.stop_gradient(logits.max(-1))
+    total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
+    return gold - total, gold >= top
+
+
+def next_token(sources: tuple[str, ...]) -> Loss:
+    """Cross-entropy of the answer tokens, weighted by `loss_weights` and normalised by their sum.
+
+    `sources` are the names behind batch["sources"], for the per-source losses among the metrics.
+    """
+
+    def denominators(batch: Batch) -> Sums:
+        return {"loss": next_token_weights(batch).sum()}
+
+    def numerators(apply: Apply, params: Any, batch: Batch) -> tuple[Sums, Sums]:
+        weights = next_token_weights(batch)
+        log_probs, right = token_log_probs(apply(params, batch), batch["tokens"])
+        losses = -log_probs * weights
+        metrics = {"token_accuracy": jnp.stack([(right * weights).sum(), weights.sum()])}
+        for index, name in enumerate(sources):
+            mine = batch["sources"][:, 1:] == index
+            metrics[f"loss/{name}"] = jnp.stack([(losses * mine).sum(), (weights * mine).sum()])
+        return {"loss": losses.sum()}, metrics
+
+    return Loss(denominators, numerators)
+
+
+def dense(positive_weight: float) -> Loss:
+    """Per-position targets for the encoders: labels of patches and audio frames, boxes of patches.
+
+    Labels: binary cross-entropy summed over labels, averaged over the positions in use; a present label
+    weighs `positive_weight`. Boxes: cross-entropy over bins, averaged over coordinates that have a target
+    (>= 0). Positions in use: all those of an image slot in use; those that audio frames reach.
+    """
+
+    def masks(batch: Batch) -> Sums:
+        result = {}
+        if "image_labels" in batch:
+            labels = batch["image_labels"]
+            used = (batch["image_segment_ids"] > 0)[..., None]
+            result["image_labels"] = jnp.broadcast_to(used, labels.shape[:-1]).astype(jnp.float32)
+            known = used[..., None] & (batch["image_boxes"] >= 0)
+            result["image_boxes"] = known.astype(jnp.float32)
+        if "audio_labels" in batch:
+            positions, frames = batch["audio_labels"].shape[-2], batch["audio_values"].shape[-2]
+            # Position t covers the frames [t * F/T, (t+1) * F/T): in use when its first frame is.
+            first = jnp.arange(positions) * frames
+            used = first < batch["audio_frames"][..., None] * positions
+            result["audio_labels"] = used.astype(jnp.float32)
+        return result
+
+    def denominators(batch: Batch) -> Sums:
+        return {name: mask.sum() for name, mask in masks(batch).items()}
+
+    def numerators(apply: Apply, params: Any, batch: Batch) -> tuple[Sums, Sums]:
+        outputs = apply(params, batch, method="dense")
+        sums, metrics = {}, {}
+        for name, mask in masks(batch).items():
+            logits = outputs[name].astype(jnp.float32)
+            if name == "image_boxes":
+                log_probs = jax.nn.log_softmax(logits)
+                target = jnp.maximum(batch[name], 0)
+                losses = -jnp.take_along_axis(log_probs, target[..., None], axis=-1)[..., 0]
+                error = jnp.abs(logits.argmax(-1) - target)
+                metrics["box_bins_off"] = jnp.stack([(error * mask).sum(), mask.sum()])
+            else:
+                losses, found = _labels(logits, batch[name], positive_weight)
+                for key, (numerator, denominator) in found.items():
+                    pair = [(numerator * mask).sum(), (denominator * mask).sum()]
+                    metrics[f"{name}_{key}"] = jnp.stack(pair)
+            sums[name] = (losses * mask).sum()
+            metrics[f"loss/{name}"] = jnp.stack([sums[name], mask.sum()])
+        return sums, metrics
+
+    return Loss(denominators, numerators)
+
+
+def preference(beta: float) -> Loss:
+    """Direct preference optimisation (Rafailov et al. 2023, eq. 7) over the pairs of packed rows.
+
+    Pair g of a row: segment 2g+1 is the chosen answer, 2g+2 the rejected one. batch["reference"] float32
+    [B, G, 2] holds the summed answer log-probs (chosen, rejected) under the model before the stage.
+    """
+
+    def denominators(batch: Batch) -> Sums:
+        return {"loss": (batch["preference"] >= 0).sum().astype(jnp.float32)}
+
+    def numerators(apply: Apply, params: Any, batch: Batch) -> tuple[Sums, Sums]:
+        used = (batch["preference"] >= 0).astype(jnp.float32)
+        gains = answer_log_probs(apply(params, batch), batch) - batch["reference"]
+        margins = beta * (gains[..., 0] - gains[..., 1])
+        losses = -jax.nn.log_sigmoid(margins) * used
+        count = used.sum()
+        metrics = {
+            "reward_accuracy": jnp.stack([((margins > 0) * used).sum(), count]),
+            "reward_margin": jnp.stack([(margins * used).sum(), count]),
+            "reward_chosen": jnp.stack([(beta * gains[..., 0] * used).sum(), count]),
+            "reward_rejected": jnp.stack([(beta * gains[..., 1] * used).sum(), count]),
+        }
+        return {"loss": losses.sum()}, metrics
+
+    return Loss(denominators, numerators)
+
+
+def answer_log_probs(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Summed log-probs of the answer tokens of every pair: [B, G, 2] (chosen, rejected)."""
+    pairs = batch["preference"].shape[-1]
+    log_probs, _ = token_log_probs(logits, batch["tokens"])
+    answer = log_probs * (next_token_weights(batch) > 0)
+    segments = 1 + jnp.arange(2 * pairs)
+    mine = batch["segment_ids"][:, 1:, None] == segments
+    # where, not a product: log-probs of other segments may be -inf.
+    sums = jnp.where(mine, answer[..., None], 0.0).sum(1)
+    return sums.reshape(sums.shape[0], pairs, 2)
+
+
+def _labels(
+    logits: jax.Array, labels: jax.Array, positive_weight: float
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    labels = labels.astype(jnp.float32)
+    present = -jax.nn.log_sigmoid(logits) * labels * positive_weight
+    absent = -jax.nn.log_sigmoid(-logits) * (1 - labels)
+    said = (logits > 0).astype(jnp.float32)
+    both = (said * labels).sum(-1)
+    found = {"recall": (both, labels.sum(-1)), "precision": (both, said.sum(-1))}
+    return (present + absent).sum(-1), found

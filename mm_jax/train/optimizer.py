@@ -1,0 +1,51 @@
+"""AdamW with warm-up, cosine decay, clipping and a weight-decay mask; it only sees the trainable part."""
+
+from typing import Any
+
+import jax
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mm_jax.train.config import OptimizerConfig
+
+NO_DECAY = ("norm", "bias", "scale", "embedding", "position", "queries")
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up to `learning_rate`, then a cosine down to `final_fraction` of it at `steps`."""
+    warmup = min(config.warmup_steps, steps)
+    cosine = optax.cosine_decay_schedule(
+        config.learning_rate, max(steps - warmup, 1), alpha=config.final_fraction
+    )
+    if warmup == 0:
+        return cosine
+    # The first step already moves: warm-up counts from 1/warmup, not from zero.
+    rise = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, max(warmup - 1, 1))
+    return optax.join_schedules([rise, cosine], [warmup])
+
+
+def decay_mask(params: dict[str, Any]) -> dict[str, Any]:
+    """True where weight decay applies: matrices, but no norm, bias, embedding or learned position."""
+    flat = flatten_dict(params, sep="/")
+    decays = {
+        path: x.ndim > 1 and not any(word in part for part in path.lower().split("/") for word in NO_DECAY)
+        for path, x in flat.items()
+    }
+    return unflatten_dict(decays, sep="/")
+
+
+def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The transformation of one stage; `init` takes the trainable params only."""
+    adamw = optax.adamw(
+        schedule(config, steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,205 @@
+"""Preference pairs from the model's own mistakes, and their log-probs under the model before the stage.
+
+Made once, at the start of a `preference` stage, into `preferences/<stage>/` of the run directory:
+`preferences.jsonl` (chat JSON with `rejected`, read back as any chat source), the media beside it and
+`reference.npy`. A resumed run reads the same files.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mm_jax.data.messages import Audio, Box, Conversation, Image, Message, Part, Text, conversation_to_json
+from mm_jax.data.packing import FirstFitPacker, Layout, collate, refusal, size_of
+from mm_jax.errors import UserError
+from mm_jax.train.config import PreferenceConfig, Stage
+from mm_jax.train.encode import Encode
+from mm_jax.train.losses import answer_log_probs
+from mm_jax.train.setup import Setup, sample
+
+ROWS = 16  # prompts answered at a time
+MAX_ANSWER = 48  # tokens of an answer; longer ones are cut, and wrong anyway
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """path: the chat JSONL, one pair a line. reference: float32 [pairs, 2], log-probs (chosen, rejected)."""
+
+    path: Path
+    reference: np.ndarray
+
+
+def pairs(setup: Setup, name: str, params: dict[str, Any]) -> Pairs:
+    """The pairs of stage `name`; mined with `params` unless the run directory has them.
+
+    Raises:
+        UserError: no question of the wanted tasks in the mixture.
+    """
+    directory = setup.run_dir / "preferences" / name
+    if not directory.exists():
+        stage = setup.config.stages[name]
+        candidates = mine(setup, stage, params)
+        reference = log_probs(setup, stage, params, [c for c, _ in candidates])
+        order = rank([wrong for _, wrong in candidates], reference)[: stage.preference.pairs]
+        if not order:
+            raise UserError(f'stage "{name}": no preference pair fits a row; raise batch.length')
+        # Written elsewhere and renamed, so that a stop in between leaves no half of it.
+        temporary = directory.with_name(name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with (temporary / "preferences.jsonl").open("w") as file:
+            for index in order:
+                pair = dataclasses.replace(candidates[index][0], id=str(index))
+                file.write(json.dumps(_to_json(pair, temporary)) + "\n")
+        np.save(temporary / "reference.npy", reference[order])
+        temporary.replace(directory)
+    return Pairs(directory / "preferences.jsonl", np.load(directory / "reference.npy"))
+
+
+def look_up(reference: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Reference log-probs float32 [..., G, 2] of pair indices [..., G]; unused (-1) ones are zero."""
+    return np.where(index[..., None] >= 0, reference[np.maximum(index, 0)], 0).astype(np.float32)
+
+
+def mine(setup: Setup, stage: Stage, params: dict[str, Any]) -> list[tuple[Conversation, bool]]:
+    """(pair, is it the model's own mistake): every question once, with its greedy answer where it is wrong.
+
+    A question answered rightly gets another answer of its task instead, the commonest one that is wrong here;
+    `rank` then decides whether the pair is worth training on.
+    """
+    asked = questions(setup, stage)
+    if not asked:
+        raise UserError(f"no question of the tasks {', '.join(stage.preference.tasks)} in the mixture")
+    common: dict[str, Counter] = {}
+    parts: dict[str, tuple[Part, ...]] = {}
+    for conversation in asked:
+        answer = conversation.messages[-1]
+        common.setdefault(answer.task, Counter())[answer_text(answer.parts)] += 1
+        parts[answer_text(answer.parts)] = answer.parts
+    found = []
+    for conversation, said in zip(asked, _answers(setup, params, asked), strict=True):
+        gold = conversation.messages[-1]
+        right = answer_text(gold.parts)
+        wrong = bool(answer_text(said)) and answer_text(said) != right
+        if not wrong:
+            others = [text for text, _ in common[gold.task].most_common() if text != right]
+            if not others:
+                continue
+            said = parts[others[0]]
+        found.append((dataclasses.replace(conversation, rejected=tuple(said)), wrong))
+    return found
+
+
+def questions(setup: Setup, stage: Stage) -> list[Conversation]:
+    """Training questions of the wanted tasks, one a conversation, spread evenly over the sources."""
+    wanted: PreferenceConfig = stage.preference
+    found: list[Conversation] = []
+    for name in sorted(stage.mixture):
+        mine: list[Conversation] = []
+        limit = wanted.questions // len(stage.mixture)
+        for conversation in sample(setup.sources[name], limit):
+            for turn, message in enumerate(conversation.messages):
+                if message.role != "assistant" or message.task not in wanted.tasks:
+                    continue
+                if not wanted.right_answers or answer_text(message.parts) in wanted.right_answers:
+                    mine.append(alone(conversation, turn))
+        keep = np.unique(np.linspace(0, len(mine) - 1, min(limit, len(mine))).astype(int)) if mine else []
+        found += [mine[i] for i in keep]
+    return found
+
+
+def alone(conversation: Conversation, turn: int) -> Conversation:
+    """The question answered in message `turn` on its own: earlier turns go, their media stay.
+
+    [user: <image> "how many?"], [assistant: "2"], [user: "is there a dog?"], [assistant: "no"] with turn 3
+    becomes [user: <image> "is there a dog?"], [assistant: "no"].
+    """
+    before = conversation.messages[: turn - 1]
+    system = tuple(m for m in before if m.role == "system")
+    media = tuple(p for m in before if m.role == "user" for p in m.parts if isinstance(p, Image | Audio))
+    user = conversation.messages[turn - 1]
+    user = dataclasses.replace(user, parts=media + user.parts)
+    return dataclasses.replace(conversation, messages=(*system, user, conversation.messages[turn]))
+
+
+def answer_text(parts: tuple[Part, ...] | list[Part]) -> str:
+    """Answers that read the same are the same: text lower-cased, boxes as rounded numbers."""
+    words = [p.text if isinstance(p, Text) else str([round(x) for x in p.box]) for p in parts
+             if isinstance(p, Text | Box)]  # fmt: skip
+    return " ".join(" ".join(words).lower().split())
+
+
+def rank(wrong: list[bool], reference: np.ndarray) -> list[int]:
+    """Indices of usable pairs: the model's own mistakes first, then by how likely the rejected answer is."""
+    usable = [i for i in range(len(wrong)) if np.isfinite(reference[i]).all()]
+    return sorted(usable, key=lambda i: (not wrong[i], -reference[i, 1], i))
+
+
+def log_probs(setup: Setup, stage: Stage, params: dict[str, Any], found: list[Conversation]) -> np.ndarray:
+    """float32 [pairs, 2]: summed answer log-probs (chosen, rejected) in one pass over packed rows.
+
+    NaN where a pair cannot be encoded or fits no row.
+    """
+    encode = Encode.of(setup.processor, stage)
+    batch = dataclasses.replace(stage.batch, accumulate=1)
+    layout = Layout.of(encode.processor)
+    packer, rows = FirstFitPacker(batch), []
+    for index, conversation in enumerate(found):
+        try:
+            example = dataclasses.replace(encode(conversation), source="preferences", preference=index)
+        except UserError:
+            continue
+        if refusal(example, batch) is None:
+            full = packer.add(example, size_of(example))
+            rows += [full] if full else []
+    rows += packer.rows
+    score = jax.jit(lambda params, arrays: answer_log_probs(setup.apply(params, arrays), arrays))
+    result = np.full((len(found), 2), np.nan, np.float32)
+    for start in range(0, len(rows), batch.rows):
+        part = rows[start : start + batch.rows]
+        part = part + [[]] * (batch.rows - len(part))
+        arrays = collate(part, batch, layout, {"preferences": 0})
+        index, used = arrays["preference"], arrays["preference"] >= 0
+        result[index[used]] = np.asarray(score(params, arrays))[used]
+    return result
+
+
+def _answers(setup: Setup, params: dict[str, Any], asked: list[Conversation]) -> list[list[Part]]:
+    """Greedy answers to conversations that end with the right answer."""
+    from mm_jax.lm import LanguageModel  # not needed by the other stages
+
+    lm = LanguageModel(setup.model_config, params, setup.processor)
+    prompts: list[list[Message]] = [list(c.messages[:-1]) for c in asked]
+    found: list[list[Part]] = []
+    for start in tqdm(range(0, len(prompts), ROWS), desc="own answers", disable=None, leave=False):
+        chunk = prompts[start : start + ROWS]
+        ids = np.asarray(lm.generate(lm.batch(chunk), max_new_tokens=MAX_ANSWER))
+        for prompt, answer in zip(chunk, ids, strict=True):
+            transforms = setup.processor.prompt(prompt).transforms
+            found.append(setup.processor.parts(answer, transforms))
+    return found
+
+
+def _to_json(pair: Conversation, directory: Path) -> dict[str, Any]:
+    """Chat JSON of a pair, encoded media as files in `directory`/media, each content once."""
+    media = directory / "media"
+
+    def stored(part: Part) -> Part:
+        if not isinstance(part, Image | Audio) or not isinstance(part.source, bytes):
+            return part
+        media.mkdir(exist_ok=True)
+        name = hashlib.sha256(part.source).hexdigest()[:24] + (".png" if isinstance(part, Image) else ".wav")
+        (media / name).write_bytes(part.source)
+        return dataclasses.replace(part, source=f"media/{name}", regions=())
+
+    messages = [dataclasses.replace(m, parts=tuple(map(stored, m.parts))) for m in pair.messages]
+    return conversation_to_json(dataclasses.replace(pair, messages=tuple(messages)))

@@ -1,0 +1,169 @@
+"""The start of a run: sources, tokenizer and labels, a model that fits them, first parameters."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mm_jax.checkpoint.run import load_params
+from mm_jax.data.messages import Conversation
+from mm_jax.data.processor import Processor, fit_processor
+from mm_jax.data.sources import Source, open_source
+from mm_jax.errors import UserError
+from mm_jax.models import MultimodalConfig, MultimodalLM
+from mm_jax.train.config import RunConfig, check_same_run, read_config, save_config
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all stages of a run share; `model_config` has the sizes that the processor decides filled in."""
+
+    config: RunConfig
+    run_dir: Path
+    processor: Processor
+    model_config: MultimodalConfig
+    sources: dict[str, Source]
+
+    @property
+    def model(self) -> MultimodalLM:
+        return MultimodalLM(self.model_config)
+
+    def apply(self, params: dict[str, Any], batch: dict[str, jax.Array], method: str | None = None) -> Any:
+        """`model.apply` over bare params."""
+        return self.model.apply({"params": params}, batch, method=method)
+
+
+def prepare(config: RunConfig, run_dir: Path) -> Setup:
+    """Opens or begins the run in `run_dir`.
+
+    Raises:
+        UserError: the directory holds a run of another config, a source cannot be opened, or model and
+            processor do not fit each other.
+    """
+    if (run_dir / "config.json").exists():
+        check_same_run(config, run_dir)
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
+        raise UserError(f'"{run_dir}" is not empty and holds no run; choose another --run directory')
+    used = sorted({name for stage in config.stages.values() for name in stage.mixture})
+    sources = {name: open_source(name, config.sources[name], config.data_dir) for name in used}
+    check_model(config)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot make the run directory "{run_dir}": {error.strerror}') from None
+    directory = run_dir / "processor"
+    if not directory.exists():
+        conversations = [c for s in sources.values() for c in sample(s, config.tokenizer_conversations)]
+        processor = fit_processor(config.processor, conversations, config.vocab_size)
+        temporary = run_dir / "processor.tmp"
+        processor.save(temporary)
+        save_config(config, run_dir)
+        temporary.replace(directory)
+    processor = Processor.load(directory)
+    save_config(config, run_dir)
+    return Setup(config, run_dir, processor, complete_model(config.model, processor), sources)
+
+
+def sample(source: Source, limit: int) -> list[Conversation]:
+    """At most `limit` conversations, evenly spread over the source; unusable ones are left out."""
+    found = []
+    for index in np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int)):
+        try:
+            found.append(source[int(index)])
+        except UserError:
+            continue  # training counts and reports it
+    return found
+
+
+def complete_model(model: MultimodalConfig, processor: Processor) -> MultimodalConfig:
+    """`model` with vocabulary and label counts of the fitted processor."""
+    decoder = dataclasses.replace(model.decoder, vocab_size=processor.vocab_size)
+    heads = model.heads
+    if heads is not None:
+        targets = processor.config.targets
+        heads = dataclasses.replace(heads, num_labels=max(len(targets.labels), 1), box_bins=targets.box_bins)
+    return dataclasses.replace(model, decoder=decoder, heads=heads)
+
+
+def check_model(config: RunConfig) -> None:
+    """Raises UserError where model, processor and stages contradict each other, naming both fields."""
+    model, rules = config.model, config.processor
+
+    def equal(ours: str, here: Any, theirs: str, there: Any) -> None:
+        if here != there:
+            raise UserError(f"{ours} is {here}, but {theirs} is {there}: they must be equal")
+
+    if (model.vision is None) != (rules.image is None):
+        raise UserError("model.vision and processor.image must both be set or both be None")
+    if (model.audio is None) != (rules.audio is None):
+        raise UserError("model.audio and processor.audio must both be set or both be None")
+    if model.vision is not None:
+        rule, vision = rules.image, model.vision
+        equal("processor.image.height", rule.height, "model.vision.height", vision.height)
+        equal("processor.image.width", rule.width, "model.vision.width", vision.width)
+        equal("processor.image.num_tokens", rule.num_tokens, "the model's image tokens", model.image_tokens)
+    if model.audio is not None:
+        rule, audio = rules.audio, model.audio
+        equal("processor.audio.num_mels", rule.num_mels, "model.audio.num_mels", audio.num_mels)
+        equal("processor.audio.max_frames", rule.max_frames, "model.audio.max_frames", audio.max_frames)
+        equal("processor.audio.num_tokens", rule.num_tokens, "the model's audio tokens", model.audio_tokens)
+    for name, stage in config.stages.items():
+        if stage.batch.images and model.vision is None:
+            raise UserError(f"stages.{name}.batch.images is {stage.batch.images}, but model.vision is None")
+        if stage.batch.audio and model.audio is None:
+            raise UserError(f"stages.{name}.batch.audio is {stage.batch.audio}, but model.audio is None")
+        if stage.loss != "dense":
+            continue
+        if model.heads is None:
+            raise UserError(f'stages.{name}.loss is "dense", but model.heads is None')
+        if model.vision is not None:
+            grid = rules.targets.image_grid
+            equal("processor.targets.image_grid", tuple(grid), "the model's patch grid", model.vision.grid)
+        if model.audio is not None:
+            positions, given = rules.targets.audio_positions, model.audio.num_positions
+            equal("processor.targets.audio_positions", positions, "the model's audio positions", given)
+
+
+def dummy_batch(model: MultimodalConfig) -> dict[str, jax.Array]:
+    """A batch of one row with one slot of every medium, to initialise from."""
+    ones = jnp.ones((1, 8), jnp.int32)
+    batch = {"tokens": ones, "segment_ids": ones, "positions": ones, "media_index": -ones}
+    if (v := model.vision) is not None:
+        batch["pixel_values"] = jnp.zeros((1, 1, v.height, v.width, 3))
+    if (a := model.audio) is not None:
+        batch["audio_values"] = jnp.zeros((1, 1, a.max_frames, a.num_mels))
+        batch["audio_frames"] = jnp.full((1, 1), a.max_frames, jnp.int32)
+    return batch
+
+
+def init_params(model: MultimodalConfig, seed: int) -> dict[str, Any]:
+    """Random first parameters; the same seed gives the same bits."""
+    init = jax.jit(lambda key: MultimodalLM(model).init(key, dummy_batch(model))["params"])
+    return init(jax.random.key(seed))
+
+
+def read_run(run_dir: str | Path, stage: str | None = None) -> tuple[RunConfig, Processor, dict[str, Any]]:
+    """(config, processor, params) of a run, of its newest checkpoint or that of `stage`.
+
+    `config.model` is complete: `MultimodalLM(config.model).apply({"params": params}, batch)` works.
+
+    Raises:
+        UserError: no run there, an unknown stage, or no checkpoint yet.
+    """
+    config = read_config(run_dir)
+    params = load_params(run_dir, stage)
+    processor = Processor.load(Path(run_dir) / "processor")
+    return dataclasses.replace(config, model=complete_model(config.model, processor)), processor, params
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs under the user's cache directory; JAX_COMPILATION_CACHE_DIR wins."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "mm_jax" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

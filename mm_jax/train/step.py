@@ -1,0 +1,63 @@
+"""One jitted training step: gradients over the micro-batches, update of the trainable part, metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mm_jax.train.losses import Batch, Loss, Sums
+from mm_jax.train.partition import join
+from mm_jax.train.state import TrainState
+
+Step = Callable[[TrainState, dict[str, Any], Batch], tuple[TrainState, Sums]]
+
+
+def make_step(
+    apply: Callable[..., Any],
+    loss: Loss,
+    transform: optax.GradientTransformation,
+    rates: optax.Schedule,
+    accumulate: int = 1,
+) -> Step:
+    """The step of a stage: (state, frozen params, batch) -> (state, metrics); the state is donated.
+
+    apply: (params, batch, method=None) -> model output. Batch arrays are [B, ...], or [A, B, ...] when
+    `accumulate` = A > 1. Metrics stay on the device as {name: float32 [numerator, denominator]}; summing them
+    over steps and dividing gives the average of an interval.
+    """
+
+    def gradients(trainable: Any, frozen: Any, batch: Batch, totals: Sums) -> tuple[Any, Sums]:
+        def objective(trainable: Any) -> tuple[jax.Array, Sums]:
+            sums, metrics = loss.numerators(apply, join(trainable, frozen), batch)
+            terms = [sums[name] / jnp.maximum(totals[name], 1e-6) for name in sums]
+            value = sum(terms[1:], terms[0])
+            return value, {**metrics, "loss": jnp.stack([value, jnp.float32(1)])}
+
+        return jax.grad(objective, has_aux=True)(trainable)
+
+    def step(state: TrainState, frozen: dict[str, Any], batch: Batch) -> tuple[TrainState, Sums]:
+        totals = loss.denominators(batch)
+        if accumulate == 1:
+            grads, metrics = gradients(state.trainable, frozen, batch, totals)
+        else:
+
+            def add(carry: Any, part: Batch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, carry, gradients(state.trainable, frozen, part, totals)), None
+
+            first = jax.tree.map(lambda x: x[0], batch)
+            shapes = jax.eval_shape(gradients, state.trainable, frozen, first, totals)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (grads, metrics), _ = jax.lax.scan(add, zeros, batch)
+            # Parts of the loss add up to the loss of the whole batch.
+            metrics["loss"] = metrics["loss"].at[1].set(1.0)
+        updates, opt_state = transform.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        one = jnp.float32(1)
+        metrics["grad_norm"] = jnp.stack([optax.tree.norm(grads), one])
+        metrics["learning_rate"] = jnp.stack([jnp.asarray(rates(state.step), jnp.float32), one])
+        key = jax.random.fold_in(state.key, state.step)
+        return TrainState(state.step + 1, trainable, opt_state, key), metrics
+
+    return jax.jit(step, donate_argnums=0)
