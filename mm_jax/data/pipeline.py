@@ -13,9 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-import queue
 import signal
-import threading
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mm_jax.data.background import Background
 from mm_jax.data.example import Example
 from mm_jax.data.messages import Conversation
 from mm_jax.data.packing import BatchConfig, FirstFitPacker, Layout, collate, refusal, size_of
@@ -129,14 +128,14 @@ class TrainData:
             strict
         )
         self._state = {"next_index": 0, "rows": [], "drops": {}, "epochs": {}}
-        self._background: _Background | None = None
+        self._background: Background | None = None
         self._finalizer: weakref.finalize | None = None
 
     def start(self) -> None:
         """Begin to prepare batches; `next()` does it too, this lets it overlap with compiling the model."""
         if self._background is None:
             plan, state = self._plan, self._state
-            self._background = _Background(lambda: plan.batches(state), PREFETCH_BATCHES)
+            self._background = Background(lambda: plan.batches(state), PREFETCH_BATCHES)
             # worker processes must be gone before the interpreter takes its modules apart
             self._finalizer = weakref.finalize(self, self._background.close)
 
@@ -406,44 +405,3 @@ def _copy(drops: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
 def _start_worker(index: int, count: int) -> None:
     # Ctrl-C reaches every process of the terminal; only the main process may answer it, after saving
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class _Background:
-    """Runs an iterator in a thread, `size` results ahead. Errors arrive at the reader in their order."""
-
-    def __init__(self, make: Callable[[], Iterator[Any]], size: int):
-        self._results: queue.Queue = queue.Queue(size)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(make,), name="mm_jax-data", daemon=True)
-        self._thread.start()
-
-    def _run(self, make: Callable[[], Iterator[Any]]) -> None:
-        results = make()
-        try:
-            for result in results:
-                if not self._put((result, None)):
-                    break
-        except BaseException as error:
-            self._put((None, error))
-        finally:
-            results.close()
-
-    def _put(self, result: tuple[Any, BaseException | None]) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._results.put(result, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def get(self) -> Any:
-        """The next result; raises what the iterator raised."""
-        result, error = self._results.get()
-        if error is not None:
-            raise error
-        return result
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
