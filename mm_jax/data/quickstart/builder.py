@@ -12,7 +12,7 @@ every number of processes, and the first items of a `_large` config are those of
 import dataclasses
 import importlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow_datasets as tfds
 
@@ -31,7 +31,16 @@ MODULES = {
     "text": "text",
     "dialogues": "dialogues",
 }
-DECODERS = {"images": tfds.decode.SkipDecoding()}
+
+
+class EncodedImages(tfds.decode.SkipDecoding):
+    """Leaves the PNG bytes as they are; tfds 4.9 forgot the numpy method for features inside a sequence."""
+
+    def decode_batch_example_np(self, serialized: Sequence[bytes]) -> Sequence[bytes]:
+        return serialized
+
+
+DECODERS = {"images": EncodedImages()}
 
 
 def renderer(kind: str) -> Callable[[random.Random, str, int], Sample]:
@@ -58,7 +67,7 @@ class QuickstartConfig(tfds.core.BuilderConfig):
 class MmJaxQuickstart(tfds.core.GeneratorBasedBuilder):
     """Pictures and sounds with questions, all rendered by libraries or shipped inside them."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [
         QuickstartConfig(name=name, kind=name.removesuffix(LARGE), **dataclasses.asdict(sizes))
         for name, sizes in SIZES.items()

@@ -50,7 +50,7 @@ def chart_picture(rng: random.Random, values: dict[str, int]) -> Picture:
     dark = rng.random() < 0.15
     paper, ink = ("#202226", "#eeeeee") if dark else (rng.choice(("white", "#f6f4ee", "#eef2f8")), "#101010")
     figure.set_facecolor(paper)
-    left, bottom = 13 / width, 14 / height
+    left, bottom = 15 / width, 14 / height
     axes = figure.add_axes((left, bottom, 1 - left - 3 / width, 1 - bottom - 4 / height))
     axes.set_facecolor(paper)
     fills = list(COLOURS.values())
@@ -69,18 +69,23 @@ def chart_picture(rng: random.Random, values: dict[str, int]) -> Picture:
     axes.grid(axis="y", which="both", linewidth=0.5, color="#666a70" if dark else "#b8bcc2", zorder=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
+    written = []
     if rng.random() < 0.35:  # the values are written on the bars
         for x, value in zip(places, values.values(), strict=True):
-            axes.text(
-                x, value + 0.15, str(value), ha="center", va="bottom", fontsize=size, color=ink, zorder=3
-            )
+            at = {"ha": "center", "va": "bottom", "fontsize": size, "color": ink, "zorder": 3}
+            written.append(axes.text(x, value + 0.15, str(value), **at))
     figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-    marks = []
-    texts = [label.get_window_extent() for label in axes.get_xticklabels()]
-    for letter, bar, text in zip(values, bars, texts, strict=True):
-        marks.append(Mark(f"bar_{letter}", _box(bar.get_window_extent(), image)))
-        marks.append(Mark(f"glyph_{letter}", _box(text, image)))
+    marks = [
+        Mark(f"bar_{letter}", _box(bar.get_window_extent(), image))
+        for letter, bar in zip(values, bars, strict=True)
+    ]
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels(), *written):
+        text = label.get_text()
+        x0, y0, x1, y1 = _box(label.get_window_extent(), image)
+        step = (x1 - x0) / max(1, len(text))  # "10": two digits of equal width
+        for k, letter in enumerate(text):
+            marks.append(Mark(f"glyph_{letter}", (x0 + k * step, y0, x0 + (k + 1) * step, y1)))
     return Picture(image, tuple(marks))
 
 

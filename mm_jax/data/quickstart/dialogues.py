@@ -77,8 +77,11 @@ def about_it(rng: random.Random, split: str) -> Sample:
         Turn("dialogue", "give its box.", thing.box),
     ]
     rng.shuffle(later)
-    first = Turn("dialogue", f"is there {article(thing.shape)}?", "yes")
-    return Sample((first, *later), (paint(rng, scene),))
+    turns = [Turn("dialogue", f"is there {article(thing.shape)}?", "yes"), *later]
+    missing = [shape for shape in SHAPES if not scene.count(shape=shape)]
+    if missing and rng.random() < 0.5:  # else the first answer would always be yes
+        turns.insert(0, Turn("dialogue", f"is there {article(rng.choice(missing))}?", "no"))
+    return Sample(tuple(turns), (paint(rng, scene),))
 
 
 def one_more(rng: random.Random, split: str) -> Sample:

@@ -48,7 +48,8 @@ def partition() -> dict[str, tuple[tuple[int, ...], ...]]:
 
 def scan_mask(rng: random.Random, index: int, size: int, distort: bool) -> Image.Image:
     """The scan as an "L" ink mask of `size` pixels; distorted (turned, sheared, stretched) for training."""
-    mask = Image.fromarray(scans()[0][index]).resize((size, size), Image.Resampling.BICUBIC)
+    # The ink touches the border of the scan: an empty pixel around it leaves room to turn it.
+    mask = Image.fromarray(np.pad(scans()[0][index], 1)).resize((size, size), Image.Resampling.BICUBIC)
     if not distort:
         return mask
     angle, shear = np.deg2rad(rng.uniform(-12, 12)), rng.uniform(-0.15, 0.15)
@@ -71,7 +72,7 @@ def paste(image: Image.Image, mask: Image.Image, x: int, y: int, ink: tuple, dig
 def digit_picture(rng: random.Random, split: str, digit: int) -> Picture:
     """One scan of the digit at a random place and scale, in a square picture of 24..64 pixels."""
     side = rng.randint(24, 64)
-    size = round(side * rng.uniform(0.6, 1.0))
+    size = round(side * rng.uniform(0.7, 1.0))
     ink, paper = ink_and_paper(rng)
     image = Image.new("RGB", (side, side), paper)
     mask = scan_mask(rng, rng.choice(partition()[split][digit]), size, split == "train")
@@ -85,9 +86,9 @@ def digits(rng: random.Random, split: str, index: int) -> Sample:
 
 
 def number_picture(rng: random.Random, split: str, values: list[int]) -> Picture:
-    size = rng.randint(24, 34)
-    gap = rng.randint(0, size // 5)
-    margin_x, margin_y = rng.randint(2, 12), rng.randint(4, 16)
+    size = rng.randint(28, 38)
+    gap = rng.randint(-size // 8, size // 8)
+    margin_x, margin_y = rng.randint(1, 10), rng.randint(4, 14)
     width = len(values) * size + (len(values) - 1) * gap + 2 * margin_x
     ink, paper = ink_and_paper(rng)
     image = Image.new("RGB", (max(48, width), size + 2 * margin_y), paper)

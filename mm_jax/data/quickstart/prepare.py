@@ -1,5 +1,6 @@
 """Writes the configs that are missing, several at a time."""
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterable
@@ -52,7 +53,7 @@ def _cost(name: str) -> float:
 
 
 def find(name: str, root: str | os.PathLike) -> Path | None:
-    """The directory of a complete config, e.g. `root/mm_jax_quickstart/scenes/1.0.0`, or None."""
+    """The directory of a complete config, e.g. `root/mm_jax_quickstart/scenes/1.1.0`, or None."""
     from mm_jax.data.quickstart.builder import MmJaxQuickstart
 
     directory = Path(root) / NAME / name / str(MmJaxQuickstart.VERSION)
@@ -69,7 +70,9 @@ def write(name: str, root: str | os.PathLike) -> int:
     tfds.disable_progress_bar()
     builder = MmJaxQuickstart(config=name, data_dir=str(root), file_format="array_record")
     try:
-        builder.download_and_prepare()
+        # It prints lines of its own that would tear the progress bar.
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            builder.download_and_prepare()
     except OSError:
         if not find(name, root):  # else another run finished the same config meanwhile
             raise

@@ -180,12 +180,9 @@ def scenes(rng: random.Random, split: str, index: int) -> Sample:
             rng.shuffle(order)
             turns = [TASKS[task](scene, rng, rng.random() < 0.5) for task in order]
             turns = [turn for turn in turns if turn is not None]
-            seen, kept = set(), []
-            for turn in turns:
-                if turn.question not in seen:
-                    kept.append(turn)
-                    seen.add(turn.question)
-            return Sample(tuple(kept[:6]), (paint(rng, scene),))
+            # Not twice the same question, nor the same box.
+            kept = {turn.question if isinstance(turn.answer, str) else turn.answer: turn for turn in turns}
+            return Sample(tuple(kept.values())[:6], (paint(rng, scene),))
         task = list(TASKS)[index % len(TASKS)]
         turn = TASKS[task](scene, rng, (index // len(TASKS)) % 2 == 0)
         if turn is not None:
