@@ -51,8 +51,7 @@ def chart_picture(rng: random.Random, values: dict[str, int]) -> Picture:
     paper, ink = ("#202226", "#eeeeee") if dark else (rng.choice(("white", "#f6f4ee", "#eef2f8")), "#101010")
     figure.set_facecolor(paper)
     left, bottom = 15 / width, 14 / height
-    axes = figure.add_axes((left, bottom, 1 - left - 3 / width, 1 - bottom - 4 / height))
-    axes.set_facecolor(paper)
+    axes = figure.add_axes((left, bottom, 1 - left - 3 / width, 1 - bottom - 4 / height), frameon=False)
     fills = list(COLOURS.values())
     rng.shuffle(fills)
     if rng.random() < 0.5:
@@ -64,11 +63,11 @@ def chart_picture(rng: random.Random, values: dict[str, int]) -> Picture:
     size = rng.uniform(6.0, 7.5)
     axes.set_xticks(places, list(values), fontsize=size + 1)
     axes.set_yticks(range(0, TOP + 1, 2), map(str, range(0, TOP + 1, 2)), fontsize=size - 0.5)
-    axes.set_yticks(range(TOP + 1), minor=True)
-    axes.tick_params(length=0, which="both", pad=1.5, colors=ink)
-    axes.grid(axis="y", which="both", linewidth=0.5, color="#666a70" if dark else "#b8bcc2", zorder=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.tick_params(length=0, pad=1.5, colors=ink)
+    # One collection of lines: a grid needs tick objects, which cost more than all the rest.
+    axes.hlines(
+        range(TOP + 1), *axes.get_xlim(), color="#666a70" if dark else "#b8bcc2", linewidth=0.5, zorder=0
+    )
     written = []
     if rng.random() < 0.35:  # the values are written on the bars
         for x, value in zip(places, values.values(), strict=True):

@@ -87,7 +87,7 @@ def digits(rng: random.Random, split: str, index: int) -> Sample:
 
 def number_picture(rng: random.Random, split: str, values: list[int]) -> Picture:
     size = rng.randint(28, 38)
-    gap = rng.randint(-size // 8, size // 8)
+    gap = rng.randint(-size // 4, 0)  # the ink fills about half of the width
     margin_x, margin_y = rng.randint(1, 10), rng.randint(4, 14)
     width = len(values) * size + (len(values) - 1) * gap + 2 * margin_x
     ink, paper = ink_and_paper(rng)

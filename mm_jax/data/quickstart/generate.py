@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -34,7 +35,7 @@ def prepare(names: Iterable[str] = (), data_dir: str | os.PathLike = "", process
     missing = [name for name in names if not find(name, root)]
     missing.sort(key=_cost, reverse=True)
     total = sum(SIZES[name].train + SIZES[name].validation + SIZES[name].test for name in missing)
-    workers = min(len(missing), processes or len(os.sched_getaffinity(0)))
+    workers = min(len(missing), processes or _cores())
     with tqdm(total=total, desc="data", unit="record", disable=not missing, mininterval=0.5) as bar:
         if workers <= 1:
             for name in missing:
@@ -43,9 +44,17 @@ def prepare(names: Iterable[str] = (), data_dir: str | os.PathLike = "", process
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(workers, context) as pool:
-                for future in as_completed([pool.submit(write, name, root) for name in missing]):
-                    bar.update(future.result())
+                try:
+                    for future in as_completed([pool.submit(write, name, root) for name in missing]):
+                        bar.update(future.result())
+                except BaseException:  # Ctrl-C or a full disk: do not start what is still waiting
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
     return [find(name, root) for name in names]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cost(name: str) -> float:
@@ -69,6 +78,8 @@ def write(name: str, root: str | os.PathLike) -> int:
 
     tfds.disable_progress_bar()
     builder = MmJaxQuickstart(config=name, data_dir=str(root), file_format="array_record")
+    if not find(name, root):
+        shutil.rmtree(builder.data_path, ignore_errors=True)  # tfds would take any directory as complete
     try:
         # It prints lines of its own that would tear the progress bar.
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
