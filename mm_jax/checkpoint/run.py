@@ -165,8 +165,10 @@ def load_params(run_dir: str | Path, stage: str | None = None) -> dict[str, Any]
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _stored_tree(path)
     )
-    with _reading(path), oc.StandardCheckpointer() as reader:
-        return reader.restore((path / "params").absolute(), abstract)
+    with _reading(path):
+        # The handler, not a Checkpointer: that would warn of the items which are not asked for.
+        reader = oc.StandardCheckpointHandler()
+        return reader.restore((path / "params").absolute(), args=oc.args.StandardRestore(abstract))
 
 
 def _stage_names(run_dir: Path) -> list[str]:
@@ -186,9 +188,9 @@ def _finished_steps(path: Path) -> list[int]:
 
 def _stored_tree(path: Path) -> dict[str, Any]:
     """{name: ...: array metadata} of the saved params."""
-    with _reading(path), oc.StandardCheckpointer() as reader:
-        found = reader.metadata((path / "params").absolute())
-        return getattr(found, "item_metadata", found).tree
+    with _reading(path):
+        found = oc.StandardCheckpointHandler().metadata((path / "params").absolute())
+        return getattr(found, "tree", found)
 
 
 def _check_same_tree(wanted: Any, stored: Any, path: Path) -> None:

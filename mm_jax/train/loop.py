@@ -161,7 +161,8 @@ class _StageRun:
         if self.bar.disable:
             text = f"{self.name} {done}/{self.stage.steps}  loss {values['loss']:.4f}"
             if "mfu" in values:
-                text += "  {samples_per_second:.0f} samples/s  padding {padding:.1%}  mfu {mfu:.0%}".format(**values)
+                speeds = "  {samples_per_second:.0f} samples/s  padding {padding:.1%}  mfu {mfu:.0%}"
+                text += speeds.format(**values)
             print(text, file=sys.stderr, flush=True)
 
     def _save(self, done: int) -> None:

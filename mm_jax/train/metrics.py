@@ -60,7 +60,7 @@ class Counts:
 def rates(
     counts: Counts, seconds: float, model: MultimodalConfig, parts: list[str], dense: bool
 ) -> dict[str, float]:
-    """Speeds of an interval; `parts` are the top-level names that train, `dense` = a stage without decoder."""
+    """Speeds of an interval; `parts`: top-level names that train; `dense`: the stage has no decoder."""
     work = Work(
         0 if dense else counts.tokens, 0 if dense else counts.token_pairs, counts.images, counts.clips
     )

@@ -178,14 +178,12 @@ def _answers(setup: Setup, params: dict[str, Any], asked: list[Conversation]) ->
     from mm_jax.lm import LanguageModel  # not needed by the other stages
 
     lm = LanguageModel(setup.model_config, params, setup.processor)
-    prompts: list[list[Message]] = [list(c.messages[:-1]) for c in asked]
+    prompts: list[tuple[Message, ...]] = [c.messages[:-1] for c in asked]
     found: list[list[Part]] = []
     for start in tqdm(range(0, len(prompts), ROWS), desc="own answers", disable=None, leave=False):
         chunk = prompts[start : start + ROWS]
-        ids = np.asarray(lm.generate(lm.batch(chunk), max_new_tokens=MAX_ANSWER))
-        for prompt, answer in zip(chunk, ids, strict=True):
-            transforms = setup.processor.prompt(prompt).transforms
-            found.append(setup.processor.parts(answer, transforms))
+        # The last batch is filled up, so that its shape needs no program of its own.
+        found += lm.answer(chunk + chunk[-1:] * (ROWS - len(chunk)), MAX_ANSWER)[: len(chunk)]
     return found
 
 

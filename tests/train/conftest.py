@@ -11,13 +11,14 @@ from PIL import Image, ImageDraw
 COLOURS = ("red", "green", "blue", "white")
 TONES = {"low": 300.0, "high": 2000.0}
 
-CONFIG = '''
+CONFIG = """
 from mm_jax.data.audio import AudioRule
 from mm_jax.data.image import ImageRule
 from mm_jax.data.pipeline import BatchConfig
 from mm_jax.data.processor import ProcessorConfig, TargetRule
 from mm_jax.data.sources import SourceConfig
-from mm_jax.models import AudioEncoderConfig, DecoderConfig, HeadConfig, MultimodalConfig, ProjectorConfig, ViTConfig
+from mm_jax.models import AudioEncoderConfig, DecoderConfig, HeadConfig
+from mm_jax.models import MultimodalConfig, ProjectorConfig, ViTConfig
 from mm_jax.train.config import CheckpointConfig, OptimizerConfig, PreferenceConfig, RunConfig, Stage
 
 ROOT = "{root}"
@@ -32,7 +33,7 @@ def get_config():
         name="tiny",
         model=MultimodalConfig(
             vision=ViTConfig(16, 16, patch_size=8, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16),
-            audio=AudioEncoderConfig(num_mels=80, max_frames=16, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16),
+            audio=AudioEncoderConfig(max_frames=16, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16),
             image_projector=ProjectorConfig(merge=(2, 1), hidden_dim=16),
             audio_projector=ProjectorConfig(merge=(4, 1), hidden_dim=16),
             decoder=DecoderConfig(
@@ -50,8 +51,8 @@ def get_config():
         sources=sources,
         stages={{
             "towers": Stage(
-                steps=4, mixture=everything, trainable=("vision", "audio", "heads"), loss="dense", batch=media,
-                optimizer=optimizer,
+                steps=4, mixture=everything, trainable=("vision", "audio", "heads"), loss="dense",
+                batch=media, optimizer=optimizer,
             ),
             "language": Stage(
                 steps=4, mixture=everything, trainable=("decoder",), media=False, optimizer=optimizer,
@@ -61,15 +62,16 @@ def get_config():
                 steps=4, mixture=everything, trainable=(".*_projector",), batch=media, optimizer=optimizer
             ),
             "prefer": Stage(
-                steps=4, mixture={{"pictures": 1.0}}, trainable=(".*_projector", "decoder"), loss="preference",
-                batch=BatchConfig(rows=2, length=96, images=2, pairs=2, bins=4), optimizer=optimizer,
+                steps=4, mixture={{"pictures": 1.0}}, trainable=(".*_projector", "decoder"),
+                loss="preference", optimizer=optimizer,
+                batch=BatchConfig(rows=2, length=96, images=2, pairs=2, bins=4),
                 preference=PreferenceConfig(tasks=("exists",), questions=24, pairs=10),
             ),
         }},
         log_every=1,
         checkpoint=CheckpointConfig(every_steps=2),
     )
-'''
+"""
 
 
 def write_data(root: Path) -> None:

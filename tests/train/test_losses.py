@@ -1,0 +1,98 @@
+"""Losses against literal numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mm_jax.train import losses
+
+# Two segments in one row, then padding. Answers: tokens 1 and 2 of the first, token 1 of the second segment.
+TOKENS = np.array([[0, 2, 1, 0, 2, 0]], np.int32)
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 0]], np.int32)
+WEIGHTS = np.array([[0.0, 1.0, 0.5, 1.0, 2.0, 1.0]], np.float32)
+PROBABILITIES = [
+    [[0.2, 0.3, 0.5], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.25, 0.5, 0.25], [0.2, 0.2, 0.6], [0.2, 0.2, 0.6]]
+]
+LOGITS = np.log(np.array(PROBABILITIES, np.float32)) + 3.0  # any shift is the same distribution
+
+
+def text_batch() -> dict[str, jnp.ndarray]:
+    sources = np.array([[0, 0, 0, 1, 1, 0]], np.int32)
+    arrays = {"tokens": TOKENS, "segment_ids": SEGMENTS, "loss_weights": WEIGHTS, "sources": sources}
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+def value(loss: losses.Loss, apply: losses.Apply, batch: dict) -> tuple[float, dict]:
+    totals = loss.denominators(batch)
+    sums, metrics = loss.numerators(apply, None, batch)
+    assert sums.keys() == totals.keys()
+    return float(sum(sums[k] / totals[k] for k in sums)), jax.tree.map(np.asarray, metrics)
+
+
+def test_next_token_pairs_a_token_with_the_logits_before_it_and_never_crosses_segments() -> None:
+    # token 1 of segment 1: p = 0.5 (weight 1); token 2: p = 0.8 (weight 0.5); token 1 of segment 2: p = 0.25
+    # (weight 2). Not counted: the first token of segment 2 (weight 1, but the logits before it belong to
+    # segment 1) and the padding.
+    expected = -(np.log(0.5) + 0.5 * np.log(0.8) + 2 * np.log(0.25)) / 3.5
+    loss = losses.next_token(("a", "b"))
+    found, metrics = value(loss, lambda params, batch: jnp.asarray(LOGITS), text_batch())
+    assert found == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(metrics["loss/a"], [-(np.log(0.5) + 0.5 * np.log(0.8)), 1.5], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/b"], [-2 * np.log(0.25), 2.0], rtol=1e-6)
+    # the likeliest token was right for 0.5 and 0.8, not for 0.25
+    np.testing.assert_allclose(metrics["token_accuracy"], [1.5, 3.5])
+
+
+def test_preference_is_dpo_over_summed_answer_log_probs() -> None:
+    batch = text_batch()
+    reference = np.array([[[-1.0, -0.5]]], np.float32)
+    batch |= {"preference": jnp.array([[0]]), "reference": jnp.asarray(reference)}
+    chosen, rejected = np.log(0.5) + np.log(0.8), np.log(0.25)  # sums, whatever the loss weights are
+    margin = 0.2 * ((chosen + 1.0) - (rejected + 0.5))
+    found, metrics = value(losses.preference(0.2), lambda params, batch: jnp.asarray(LOGITS), batch)
+    assert found == pytest.approx(np.log1p(np.exp(-margin)), rel=1e-6)
+    np.testing.assert_allclose(metrics["reward_margin"], [margin, 1.0], rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward_accuracy"], [1.0, 1.0])
+
+
+def test_preference_ignores_unused_pairs() -> None:
+    batch = text_batch() | {"preference": jnp.array([[0, -1]]), "reference": jnp.zeros((1, 2, 2))}
+    one = text_batch() | {"preference": jnp.array([[0]]), "reference": jnp.zeros((1, 1, 2))}
+    apply = lambda params, batch: jnp.asarray(LOGITS)  # noqa: E731
+    loss = losses.preference(0.1)
+    assert value(loss, apply, batch)[0] == pytest.approx(value(loss, apply, one)[0], rel=1e-6)
+
+
+def sigmoid_cross_entropy(logit: float, label: int, positive_weight: float) -> float:
+    p = 1 / (1 + np.exp(-logit))
+    return -positive_weight * np.log(p) if label else -np.log(1 - p)
+
+
+def test_dense_averages_over_positions_in_use() -> None:
+    # Two picture slots, the second unused; one patch, two labels, two bins; two clips of 2 positions over
+    # 4 frames, of which the first clip has 2 frames (position 0 only) and the second none.
+    batch = {
+        "image_labels": np.array([[[[1, 0]], [[1, 1]]]], np.uint8),
+        "image_boxes": np.array([[[[1, 0, -1, 1]], [[0, 0, 0, 0]]]], np.int32),
+        "image_segment_ids": np.array([[1, 0]], np.int32),
+        "audio_labels": np.array([[[[0, 1], [1, 1]], [[1, 1], [1, 1]]]], np.uint8),
+        "audio_frames": np.array([[2, 0]], np.int32),
+        "audio_values": np.zeros((1, 2, 4, 3), np.float32),
+    }
+    boxes = np.log(np.array([[0.4, 0.6], [0.9, 0.1], [0.5, 0.5], [0.2, 0.8]], np.float32))
+    outputs = {
+        "image_labels": np.array([[[[0.5, -1.0]], [[3.0, 3.0]]]], np.float32),
+        "image_boxes": np.stack([boxes, boxes])[None, :, None],
+        "audio_labels": np.full((1, 2, 2, 2), 0.25, np.float32),
+    }
+    expected = sigmoid_cross_entropy(0.5, 1, 3.0) + sigmoid_cross_entropy(-1.0, 0, 3.0)
+    expected += -(np.log(0.6) + np.log(0.9) + np.log(0.8)) / 3
+    expected += sigmoid_cross_entropy(0.25, 0, 3.0) + sigmoid_cross_entropy(0.25, 1, 3.0)
+    arrays = jax.tree.map(jnp.asarray, batch)
+    apply = lambda params, batch, method: jax.tree.map(jnp.asarray, outputs)  # noqa: E731
+    found, metrics = value(losses.dense(3.0), apply, arrays)
+    assert found == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(metrics["image_labels_recall"], [1.0, 1.0])
+    np.testing.assert_allclose(metrics["audio_labels_precision"], [1.0, 2.0])
+    np.testing.assert_allclose(metrics["box_bins_off"], [0.0, 3.0])
