@@ -83,7 +83,7 @@ def test_prepare_writes_only_what_is_missing(tmp_path):
     assert prepare(["text"], tmp_path, processes=1) == [path]
     assert (path / "dataset_info.json").stat().st_mtime_ns == stamp
     # What a killed run leaves behind: the directory under its temporary name, some files written.
-    path.rename(path.with_name(path.name + ".incomplete.0XYZ"))
+    path.rename(path.with_name(f"incomplete.XYZ_{path.name}"))
     path.mkdir()  # or, copied by hand, a directory without its last file
     assert prepare(["text"], tmp_path, processes=1) == [path]
     assert len(tfds.builder_from_directory(path).as_data_source(split="test")) == SIZES["text"].test
