@@ -6,6 +6,7 @@ writes into a temporary directory and renames it, so a half-written checkpoint i
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mm_jax.errors import UserError, nearest
+
+# Orbax logs a failed save with its traceback from the background before we can raise it as one line.
+logging.getLogger("absl").addFilter(lambda record: "run() raised an exception" not in record.getMessage())
 
 
 @dataclass(frozen=True)

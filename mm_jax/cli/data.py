@@ -7,6 +7,8 @@ from mm_jax.cli.arguments import split_arguments
 from mm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from mm_jax.data.example import Example
+    from mm_jax.data.processor import Processor
     from mm_jax.train.config import RunConfig
 
 HELP = """usage: python -m mm_jax data prepare|show CONFIG.py [--any.field value ...]
@@ -44,7 +46,7 @@ def make_missing(config: "RunConfig") -> None:
     if names:
         from mm_jax.data.quickstart import prepare
 
-        prepare(config.data_dir, sorted(set(names)))
+        prepare(sorted(set(names)), config.data_dir)
 
 
 def show(config: "RunConfig") -> None:
@@ -74,13 +76,13 @@ def show(config: "RunConfig") -> None:
             print(f"{name:16} {len(sources[name]):8} {len(conversations):8}")
             continue
         lengths = [len(e.tokens) for e in examples]
-        mean = lambda values: f"{np.mean(list(values)):.1f}"  # noqa: E731
+        answer = np.mean([(e.loss_weights > 0).sum() for e in examples])
+        images = np.mean([len(e.pixel_values) for e in examples])
+        audio = np.mean([len(e.audio_values) for e in examples])
         print(
             f"{name:16} {len(sources[name]):8} {len(conversations) - len(examples):8} "
             f"{min(lengths):4}{np.mean(lengths):5.0f}{max(lengths):4} "
-            f"{mean((e.loss_weights > 0).sum() for e in examples):>8} "
-            f"{mean(len(e.pixel_values) for e in examples):>7} "
-            f"{mean(len(e.audio_values) for e in examples):>6}"
+            f"{answer:8.1f} {images:7.1f} {audio:6.1f}"
         )
         shown.append((name, examples[0]))
     print("(length in tokens: shortest, mean, longest; tokenizer made from these samples alone)\n")
@@ -88,7 +90,7 @@ def show(config: "RunConfig") -> None:
         print(f"{name}: {render(processor, example)}\n")
 
 
-def render(processor: "object", example: "object") -> str:
+def render(processor: "Processor", example: "Example") -> str:
     """The tokens of an example as text, trained ones in [brackets], runs of media tokens as <image x16>."""
     pieces: list[str] = []
     position, inside = 0, False
@@ -105,11 +107,11 @@ def render(processor: "object", example: "object") -> str:
         if kind:
             pieces.append(f"<{kind} x{end - position}>")
         else:
-            pieces.append(processor.tokenizer.decode(example.tokens[position:end].tolist()))
+            pieces.append(processor.text(example.tokens[position:end]))
         position = end
     return "".join(pieces) + ("]" if inside else "")
 
 
-def _same(example: "object", a: int, b: int) -> bool:
+def _same(example: "Example", a: int, b: int) -> bool:
     media = [(example.image_index[i] >= 0, example.audio_index[i] >= 0) for i in (a, b)]
     return media[0] == media[1] and (example.loss_weights[a] > 0) == (example.loss_weights[b] > 0)

@@ -2,11 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mm_jax.data.example import Example
 from mm_jax.data.messages import Conversation
 from mm_jax.data.processor import Processor
-from mm_jax.train.config import Stage
+
+if TYPE_CHECKING:  # worker processes import this module: they need no jax
+    from mm_jax.train.config import Stage
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Encode:
     targets: bool
 
     @classmethod
-    def of(cls, processor: Processor, stage: Stage) -> "Encode":
+    def of(cls, processor: Processor, stage: "Stage") -> "Encode":
         """The encoding of a stage: a dense stage needs targets and no text."""
         config = dataclasses.replace(processor.config, answer_weight=stage.answer_weight)
         dense = stage.loss == "dense"

@@ -99,6 +99,7 @@ class _StageRun:
         show_bar = sys.stderr.isatty()
         self.bar = tqdm(total=self.stage.steps, initial=self.start, desc=self.name, disable=not show_bar)
         try:
+            self.data.start()  # samples are read while the step compiles
             self._describe()
             for done in range(self.start + 1, self.stage.steps + 1):
                 self._one_step(done)

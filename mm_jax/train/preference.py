@@ -27,7 +27,7 @@ from mm_jax.train.losses import answer_log_probs
 from mm_jax.train.setup import Setup, sample
 
 ROWS = 16  # prompts answered at a time
-MAX_ANSWER = 48  # tokens of an answer; longer ones are cut, and wrong anyway
+LONGER = 4  # tokens by which an answer may exceed the longest right one; it is cut there, and wrong anyway
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,14 @@ def _answers(setup: Setup, params: dict[str, Any], asked: list[Conversation]) ->
 
     lm = LanguageModel(setup.model_config, params, setup.processor)
     prompts: list[tuple[Message, ...]] = [c.messages[:-1] for c in asked]
+    distinct = {answer_text(c.messages[-1].parts): c for c in asked}
+    answers = [setup.processor.example(c, media=False) for c in list(distinct.values())[:100]]
+    longest = max(int((example.loss_weights > 0).sum()) for example in answers) + LONGER
     found: list[list[Part]] = []
     for start in tqdm(range(0, len(prompts), ROWS), desc="own answers", disable=None, leave=False):
         chunk = prompts[start : start + ROWS]
         # The last batch is filled up, so that its shape needs no program of its own.
-        found += lm.answer(chunk + chunk[-1:] * (ROWS - len(chunk)), MAX_ANSWER)[: len(chunk)]
+        found += lm.answer(chunk + chunk[-1:] * (ROWS - len(chunk)), longest)[: len(chunk)]
     return found
 
 
