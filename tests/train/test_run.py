@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from mm_jax.checkpoint.run import load_params
+from mm_jax.checkpoint.run import latest, load_params
 from mm_jax.errors import UserError
 from mm_jax.train import loop
 from mm_jax.train.config import load_config
@@ -212,3 +212,10 @@ def test_model_and_processor_must_fit(config_path: Path, arguments: list[str], m
     with pytest.raises(UserError) as caught:
         check_model(load_config(config_path, arguments))
     assert message in str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(config_path: Path, tmp_path: Path) -> None:
+    config = load_config(config_path, ["--stages.towers.optimizer.learning-rate", "1e30"])
+    with pytest.raises(UserError, match='the loss of stage "towers" is not finite near step .*learning_rate'):
+        loop.train(config, tmp_path / "run")
+    assert latest(tmp_path / "run", list(STAGES)) is None
