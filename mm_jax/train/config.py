@@ -14,7 +14,7 @@ from mm_jax.data.processor import ProcessorConfig
 from mm_jax.data.sources import SourceConfig
 from mm_jax.errors import UserError, nearest
 from mm_jax.models import MultimodalConfig
-from mm_jax.train.serialize import first_difference, from_json, to_json
+from mm_jax.serialize import first_difference, from_json, to_json
 
 
 @dataclass(frozen=True)

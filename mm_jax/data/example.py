@@ -1,0 +1,63 @@
+"""One conversation as arrays of any length: what the packer packs.
+
+Keys of a packed batch (a plain dict of numpy arrays; B rows, S merged length, N picture slots and M clip slots
+a row, G preference pairs a row). The features of a row are laid out
+[pictures: N * image.num_tokens | clips: M * audio.num_tokens].
+
+    tokens, segment_ids, positions, media_index, sources   int32 [B, S]
+        segment 0 is padding, k the k-th conversation of the row; media_index -1 is text, else a row of features
+    loss_weights        float32 [B, S]   belongs to the prediction of the token at the same place
+    pixel_values        float32 [B, N, H, W, 3];  image_segment_ids int32 [B, N] (0: unused slot)
+    audio_values        float32 [B, M, F, mels];  audio_frames, audio_segment_ids int32 [B, M] (0: unused slot)
+    image_labels, image_boxes, audio_labels   the arrays of Example with leading [B]; dense stage only
+    preference          int32 [B, G]     index of the pair or -1; preference stage only. Pair g of a row has the
+                                         segments 2g + 1 (chosen) and 2g + 2 (rejected)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mm_jax.data.image import Transform
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised conversation (T tokens, n pictures, m audio windows, L label words).
+
+    segments: 1; in a preference pair 1 = chosen, 2 = rejected, and both take their media from the same slots.
+    positions restart with each segment. loss_weights[t] belongs to the prediction of tokens[t].
+    image_index, audio_index: slot * num_tokens + k where a media feature goes, else -1.
+    """
+
+    tokens: np.ndarray  # int32 [T]
+    loss_weights: np.ndarray  # float32 [T]
+    segments: np.ndarray  # int32 [T]
+    positions: np.ndarray  # int32 [T]
+    image_index: np.ndarray  # int32 [T]
+    audio_index: np.ndarray  # int32 [T]
+    pixel_values: np.ndarray  # float32 [n, H, W, 3]
+    audio_values: np.ndarray  # float32 [m, F, mels]
+    audio_frames: np.ndarray  # int32 [m]
+    transforms: list[Transform] = field(default_factory=list)  # n
+    image_labels: np.ndarray | None = None  # uint8 [n, rows * cols, L]
+    image_boxes: np.ndarray | None = None  # int32 [n, rows * cols, 4], -1 where no region is
+    audio_labels: np.ndarray | None = None  # uint8 [m, audio_positions, L]
+    source: str = ""
+    id: str = ""
+    preference: int = -1  # index of the pair, set by whoever numbers the pairs
+
+    @property
+    def length(self) -> int:
+        """Merged length T."""
+        return len(self.tokens)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.pixel_values)
+
+    @property
+    def num_audio(self) -> int:
+        return len(self.audio_values)

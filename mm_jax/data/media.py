@@ -1,0 +1,217 @@
+"""Encoded pictures and sound to arrays, with one clear line for everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import soundfile
+import soxr
+
+from mm_jax.data.messages import BadSample
+
+MAX_PIXELS = 50_000_000
+MAX_SECONDS = 3600.0  # refuses a small file that expands to gigabytes of silence
+_EXIF_ORIENTATION = 0x0112
+
+
+class MediaError(BadSample):
+    """A picture or clip that cannot be used. `reason` is one of missing_file, unreadable_image, image_bomb,
+    unreadable_audio, bad_sample_rate, audio_bomb, unsupported_source."""
+
+
+def _read(source: bytes | str | os.PathLike, reason: str) -> tuple[bytes, str]:
+    """The encoded bytes of a source and its name for messages."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        data, name = bytes(source), "the data"
+    elif isinstance(source, str) and source.startswith("data:"):
+        name = "the data URL"
+        head, comma, body = source.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise MediaError(f"{name} must look like data:image/png;base64,...", reason)
+        try:
+            data = base64.b64decode(body, validate=True)
+        except binascii.Error:
+            raise MediaError(f"{name} is not valid base64", reason) from None
+    elif isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise MediaError(f"{source[:80]}: give a file path or a data URL, nothing is downloaded", "unsupported_source")
+    elif isinstance(source, str | os.PathLike):
+        name = str(source)
+        if len(name) > 4096 or "\0" in name:
+            raise MediaError(f"{name[:40]!r}... is not a path nor a data URL", "unsupported_source")
+        try:
+            data = Path(source).read_bytes()
+        except FileNotFoundError:
+            raise MediaError(f"{name}: no such file", "missing_file") from None
+        except OSError as error:
+            raise MediaError(f"{name}: cannot be read ({error.strerror})", "missing_file") from None
+    else:
+        raise MediaError(f"cannot read media from {type(source).__name__}", "unsupported_source")
+    if not data:
+        raise MediaError(f"{name}: the file is empty (0 bytes)", reason)
+    return data, name
+
+
+def decode_image(source, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+    """Anything picture-like to an upright RGB image.
+
+    source: encoded bytes, a path, a data URL, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] or
+    [H, W, 4] of uint8, uint16 or floats in 0..1. EXIF rotation is applied (boxes count pixels after it),
+    transparency is pasted on white, 16-bit is scaled to 8-bit, of an animation the first frame is taken.
+
+    Raises MediaError; more than max_pixels is refused from the header, before any pixel is decoded.
+    """
+    if isinstance(source, np.ndarray):
+        return _rgb(_image_from_array(source, max_pixels))
+    image, name = _open_image(source, max_pixels)
+    try:
+        image.load()
+        # reading EXIF costs more than decoding a small PNG, so only where a file carries some
+        if image.format in ("JPEG", "MPO", "TIFF", "WEBP") or "exif" in image.info:
+            if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+                image = PIL.ImageOps.exif_transpose(image)
+        return _rgb(image)
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        text = " ".join(str(error).split())
+        raise MediaError(f"{name}: damaged or truncated image ({text})", "unreadable_image") from None
+
+
+def image_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) after EXIF rotation, from the header alone. Raises MediaError."""
+    if isinstance(source, np.ndarray):
+        return _image_from_array(source, max_pixels).size
+    image, name = _open_image(source, max_pixels)
+    width, height = image.size
+    try:
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise MediaError(f"{name}: damaged or truncated image ({text})", "unreadable_image") from None
+    return (height, width) if turned else (width, height)
+
+
+def _open_image(source, max_pixels: int) -> tuple[PIL.Image.Image, str]:
+    if isinstance(source, PIL.Image.Image):
+        image, name = source, "the image"
+    else:
+        data, name = _read(source, "unreadable_image")
+        try:
+            image = PIL.Image.open(io.BytesIO(data))
+        except PIL.Image.DecompressionBombError:
+            raise MediaError(f"{name}: more than {max_pixels} pixels", "image_bomb") from None
+        except PIL.UnidentifiedImageError:
+            raise MediaError(f"{name}: not an image file that Pillow knows", "unreadable_image") from None
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise MediaError(f"{name}: damaged image header ({text})", "unreadable_image") from None
+    _check_size(image.size, max_pixels, name)
+    return image, name
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise MediaError(f"{name}: {width} x {height} pixels, at most {max_pixels} are read", "image_bomb")
+    if width * height == 0:
+        raise MediaError(f"{name}: {width} x {height} pixels", "unreadable_image")
+
+
+def _image_from_array(array: np.ndarray, max_pixels: int) -> PIL.Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        text = f"an image array must be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], not {list(array.shape)}"
+        raise MediaError(text, "unreadable_image")
+    _check_size((array.shape[1], array.shape[0]), max_pixels, "the array")
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    elif np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise MediaError("a float image array must lie in 0..1; give uint8 for 0..255", "unreadable_image")
+        array = np.round(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        text = f"an image array must be uint8, uint16 or float, not {array.dtype}"
+        raise MediaError(text, "unreadable_image")
+    return PIL.Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        array = np.asarray(image).astype(np.float32)
+        high = float(array.max())
+        # 16-bit greyscale opens as I;16 or, from some formats, as I; smaller values are 8-bit already
+        scale = 1 / 257 if image.mode.startswith("I;16") or high > 255 else 255.0 if high <= 1.0 else 1.0
+        grey = np.clip(np.round(np.nan_to_num(array) * scale), 0, 255).astype(np.uint8)
+        return PIL.Image.fromarray(grey).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def decode_audio(
+    source, rate: int, sample_rate: int | None = None, max_seconds: float = MAX_SECONDS
+) -> np.ndarray:
+    """Anything sound-like to float32 mono samples [T] at `rate` Hz, in -1..1.
+
+    source: encoded bytes, a path or a data URL (WAV, FLAC, OGG, MP3: what libsndfile reads), or samples [T] or
+    [T, channels], int16 or float, which need their `sample_rate` (Hz). Channels are averaged.
+
+    Raises MediaError: unreadable, empty, not finite, longer than max_seconds, rate outside 4000..384000 Hz.
+    """
+    if isinstance(source, np.ndarray):
+        name = "the audio array"
+        if sample_rate is None:
+            raise MediaError(f"{name} needs its sample_rate (Hz)", "bad_sample_rate")
+        if source.ndim not in (1, 2) or (source.ndim == 2 and source.shape[1] > 16):
+            raise MediaError(f"{name} must be [T] or [T, channels], not {list(source.shape)}", "unreadable_audio")
+        if source.dtype == np.int16:
+            samples = source.astype(np.float32) / 32768.0
+        elif np.issubdtype(source.dtype, np.floating):
+            samples = source.astype(np.float32)
+        else:
+            raise MediaError(f"{name} must be int16 or float, not {source.dtype}", "unreadable_audio")
+        _check_rate(sample_rate, name)
+    else:
+        samples, sample_rate, name = _read_audio(source, max_seconds)
+    if samples.ndim == 2:
+        samples = samples.mean(axis=1)
+    if samples.size == 0:
+        raise MediaError(f"{name}: the clip holds no sample", "unreadable_audio")
+    if samples.size > max_seconds * sample_rate:
+        seconds = samples.size / sample_rate
+        raise MediaError(f"{name}: {seconds:.0f} s of audio, at most {max_seconds:.0f} s are read", "audio_bomb")
+    if not np.isfinite(samples).all():
+        raise MediaError(f"{name}: some samples are NaN or infinite", "unreadable_audio")
+    if sample_rate != rate:
+        samples = soxr.resample(samples, sample_rate, rate)
+        if samples.size == 0:
+            raise MediaError(f"{name}: too short to resample from {sample_rate} to {rate} Hz", "unreadable_audio")
+    return np.ascontiguousarray(samples, np.float32)
+
+
+def _check_rate(rate: int, name: str) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not 4000 <= rate <= 384000:
+        raise MediaError(f"{name}: sample rate {rate!r} Hz, must be a whole number 4000..384000", "bad_sample_rate")
+
+
+def _read_audio(source, max_seconds: float) -> tuple[np.ndarray, int, str]:
+    data, name = _read(source, "unreadable_audio")
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate = file.samplerate
+            _check_rate(rate, name)
+            # one frame over the limit shows the excess without trusting the header's length
+            samples = file.read(int(max_seconds * rate) + 1, dtype="float32")
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise MediaError(f"{name}: not a readable WAV, FLAC, OGG or MP3 ({text})", "unreadable_audio") from None
+    return samples, rate, name
