@@ -1,0 +1,254 @@
+"""A model with what it needs to answer: modules, parameters and processor behind one interface."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from mm_jax.data.example import Example
+from mm_jax.data.media import decode_audio, decode_image
+from mm_jax.data.messages import Audio, Conversation, Image, Message, Part, Text, messages_from_json
+from mm_jax.data.packing import Layout
+from mm_jax.errors import UserError
+from mm_jax.inference.batch import collate_prompts
+from mm_jax.inference.generate import Generator, answer_ids
+from mm_jax.inference.sampling import Sampling
+from mm_jax.inference.session import ChatSession
+from mm_jax.inference.text import render
+from mm_jax.models import MultimodalConfig, MultimodalLM
+
+if TYPE_CHECKING:
+    from mm_jax.data.processor import Processor
+
+Messages = Sequence[dict | Message]
+
+
+class LanguageModel:
+    """A multimodal language model.
+
+    Attributes:
+      family: name of the system that the weights belong to.
+      config: sizes of the model.
+      params: plain nested dict of arrays.
+      processor: messages to arrays and back.
+      generator: the compiled prefill and decode programs.
+    """
+
+    family = "mm_jax"
+
+    def __init__(
+        self, config: MultimodalConfig, params: Any, processor: Processor, *, max_length: int = 1024
+    ):
+        self.config, self.params, self.processor = config, params, processor
+        self.model = MultimodalLM(config)
+        self.layout = Layout.of(processor)
+        self.generator = Generator(self.model, params, processor, max_length=max_length)
+
+    def prompt(self, messages: Messages) -> Example:
+        """The tokens that ask for the next assistant message.
+
+        Raises UserError: no question at the end, unreadable media, or media that the model has no encoder
+        for.
+        """
+        messages = messages_from_json(messages)
+        self._check_media(messages)
+        if not messages or messages[-1].role == "assistant":
+            raise UserError("the last message must be a user's question")
+        return self.processor.prompt(messages)
+
+    def example(self, messages: Messages) -> Example:
+        """Like `prompt`, for conversations that may end with an answer, which is then part of the tokens."""
+        messages = messages_from_json(messages)
+        if not messages or messages[-1].role != "assistant":
+            return self.prompt(messages)
+        self._check_media(messages)
+        return self.processor.example(Conversation(messages))
+
+    def _check_media(self, messages: Sequence[Message]) -> None:
+        parts = [part for message in messages for part in message.parts]
+        for kind, name, encoder in (
+            (Image, "picture", self.config.vision),
+            (Audio, "clip", self.config.audio),
+        ):
+            if encoder is None and any(isinstance(part, kind) for part in parts):
+                what = "vision" if kind is Image else "audio"
+                raise UserError(
+                    f"there is a {name} in the conversation, but this model has no {what} encoder"
+                )
+
+    def batch(self, messages: Messages | Sequence[Messages] | None = None, **arrays: np.ndarray) -> dict:
+        """Chat messages to the arrays that `apply` and `generate` take.
+
+        Args:
+          messages: one conversation or a list of them: JSON objects of the OpenAI/transformers chat format or
+            `Message`s. One that ends with a question is closed by the header of the answer.
+          arrays: instead of messages, a batch of arrays, checked and completed.
+
+        Returns:
+          numpy arrays of `mm_jax.data.example`, one conversation a row, right-padded to a listed length.
+        """
+        if messages is None:
+            return self._complete(arrays)
+        many = bool(len(messages)) and not isinstance(messages[0], dict | Message)
+        rows = messages if many else [messages]
+        return collate_prompts([self.example(row) for row in rows], self.layout)
+
+    def _complete(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if "tokens" not in arrays:
+            raise UserError("a batch of arrays needs at least tokens [B, S]")
+        batch = {key: np.asarray(value) for key, value in arrays.items()}
+        segments = batch.setdefault(
+            "segment_ids", (batch["tokens"] != self.processor.pad_id).astype(np.int32)
+        )
+        places = np.where(segments > 0, np.cumsum(segments > 0, axis=1) - 1, 0)
+        batch.setdefault("positions", places.astype(np.int32))
+        batch.setdefault("media_index", np.full(segments.shape, -1, np.int32))
+        return batch
+
+    def apply(self, params: Any, batch: dict) -> jax.Array:
+        """Logits float32 [B, S, vocab], aligned with batch["tokens"]. Pure and jittable."""
+        return self.model.apply({"params": params}, batch)
+
+    def generate(
+        self,
+        batch: dict,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        sampling: Sampling | None = None,
+        ignore_eos: bool = False,
+    ) -> np.ndarray:
+        """New ids int32 [B, N] for a batch of prompts: greedy unless temperature is above 0.
+
+        Padding follows the stop id. `sampling` holds temperature, top_k, top_p and seed in one object. Raises
+        UserError for settings out of range and for prompts over the length limit.
+        """
+        sampling = sampling or Sampling(temperature, top_k, top_p, seed)
+        return self.generator.generate(batch, max_new_tokens, sampling, ignore_eos=ignore_eos)
+
+    def answer(
+        self, messages: Sequence[Messages], max_new_tokens: int = 64, sampling: Sampling | None = None
+    ) -> list[list[Part]]:
+        """Answers to several conversations at once, as parts; boxes in original pixels."""
+        examples = [self.prompt(row) for row in messages]
+        ids = self.generator.generate(collate_prompts(examples, self.layout), max_new_tokens, sampling)
+        return [
+            list(self.processor.parts(answer_ids(row, self.generator.stop_ids), example.transforms))
+            for row, example in zip(ids, examples, strict=True)
+        ]
+
+    def chat(self, messages: Messages, max_new_tokens: int = 64, sampling: Sampling | None = None) -> str:
+        """The answer to one conversation as text; boxes as [x0, y0, x1, y1] in original pixels."""
+        return render(self.answer([messages], max_new_tokens, sampling)[0])
+
+    def stream(
+        self, messages: Messages, max_new_tokens: int = 64, sampling: Sampling | None = None
+    ) -> Iterator[str]:
+        """`chat` in pieces, as they are made."""
+        *before, last = messages_from_json(messages)
+        session = self.session(before)
+        return session.stream(last.parts, max_new_tokens=max_new_tokens, sampling=sampling)
+
+    def session(self, messages: Messages = ()) -> ChatSession:
+        """A chat of several turns that reads only what is new in each."""
+        return ChatSession(self, messages_from_json(messages) if messages else ())
+
+    def preprocess(self, images: Sequence = (), audio: Sequence = ()) -> dict[str, np.ndarray]:
+        """The media arrays alone: pixel_values [n, H, W, 3]; audio_values [m, F, mels], audio_frames [m].
+
+        images: anything that `Image` takes. audio: anything that `Audio` takes, or (samples, rate in Hz).
+        """
+        arrays: dict[str, np.ndarray] = {}
+        self._check_media([Message("user", (*(Image(i) for i in images), *(Audio(b"") for _ in audio)))])
+        if len(images):
+            rule = self.processor.config.image
+            arrays["pixel_values"] = np.stack([rule(decode_image(image))[0] for image in images])
+        if len(audio):
+            rule = self.processor.config.audio
+            clips = [clip if isinstance(clip, tuple) else (clip, None) for clip in audio]
+            windows = [w for clip, rate in clips for w in rule(decode_audio(clip, rule.sample_rate, rate))]
+            arrays["audio_values"] = np.stack([values for values, _ in windows])
+            arrays["audio_frames"] = np.array([frames for _, frames in windows], np.int32)
+        return arrays
+
+    def attention(self, messages: Messages, answer: Sequence[int]) -> tuple[Example, dict[str, np.ndarray]]:
+        """Where the decoder and the resamplers look while they read a prompt and its answer.
+
+        Args:
+          messages: the prompt.
+          answer: ids of the answer, such as a row of `generate`.
+
+        Returns:
+          The prompt (its indices say which token is which media feature), and float32 weights: "decoder"
+          [layers, heads, S, S] with S = prompt + answer; where the projector is a resampler also
+          "image_projector" [pictures, heads, queries, patches] and "audio_projector".
+        """
+        prompt = self.prompt(messages)
+        new = len(answer)
+
+        def longer(array: np.ndarray, values: Any) -> np.ndarray:
+            return np.concatenate(
+                [array, np.full(new, values, array.dtype) if np.isscalar(values) else values]
+            )
+
+        whole = dataclasses.replace(
+            prompt,
+            tokens=longer(prompt.tokens, np.asarray(answer, np.int32)),
+            loss_weights=longer(prompt.loss_weights, 0.0),
+            segments=longer(prompt.segments, 1),
+            positions=longer(prompt.positions, prompt.positions[-1] + 1 + np.arange(new, dtype=np.int32)),
+            image_index=longer(prompt.image_index, -1),
+            audio_index=longer(prompt.audio_index, -1),
+        )
+        batch = collate_prompts([whole], self.layout)
+        sown = self._attention(self.params, batch)["intermediates"]
+        length = whole.length
+        decoder = np.asarray(sown["decoder"]["layers"]["attention"]["attention_weights"][0])
+        weights = {"decoder": decoder[:, 0, :, :length, :length]}
+        for name, count in (("image_projector", prompt.num_images), ("audio_projector", prompt.num_audio)):
+            if count and (found := sown.get(name, {}).get("attention")):
+                weights[name] = np.asarray(found["attention_weights"][0])[:count]
+        return prompt, weights
+
+    @property
+    def _attention(self) -> Any:
+        if not hasattr(self, "_attention_program"):
+            self._attention_program = jax.jit(
+                lambda params, batch: self.model.apply({"params": params}, batch, mutable=["intermediates"])[
+                    1
+                ]
+            )
+        return self._attention_program
+
+
+def load(path: str | Path, stage: str | None = None) -> LanguageModel:
+    """The model of a run directory, from its newest checkpoint or that of `stage`.
+
+    Raises UserError: no run there, an unknown stage, or no finished checkpoint.
+    """
+    from mm_jax.train.setup import read_run  # training code is not needed to use a model that is in memory
+
+    config, processor, params = read_run(path, stage)
+    longest = max(stage.batch.length for stage in config.stages.values())
+    return LanguageModel(config.model, params, processor, max_length=max(1024, longest))
+
+
+def user_message(question: str, images: Sequence[str] = (), audio: Sequence[str] = ()) -> Message:
+    """A question with its media in front, as the quickstart data has them.
+
+    Raises UserError when there is nothing in it.
+    """
+    parts: list[Part] = [*(Image(path) for path in images), *(Audio(path) for path in audio)]
+    if question.strip():
+        parts.append(Text(question.strip()))
+    if not parts:
+        raise UserError("the question is empty")
+    return Message("user", tuple(parts))
