@@ -22,7 +22,7 @@ def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def mel_filters(sample_rate: int, n_fft: int, num_mels: int) -> np.ndarray:
-    """Triangular filters [n_fft // 2 + 1, num_mels] float64, 0 Hz to half the rate, of equal area (slaney)."""
+    """Triangular filters [n_fft // 2 + 1, num_mels] float64 of equal area (slaney), 0 Hz to half the rate."""
     bins = np.linspace(0, sample_rate // 2, n_fft // 2 + 1)
     edges = _mel_to_hz(np.linspace(_hz_to_mel(0.0), _hz_to_mel(sample_rate / 2), num_mels + 2))
     slopes = edges[None] - bins[:, None]
@@ -69,7 +69,7 @@ class AudioRule:
 
     sample_rate in Hz; n_fft and hop_length in samples; a window is max_frames * hop_length samples.
     frames_per_token: mel frames behind one pseudo-token, so a short clip takes few; None: every window takes
-    num_tokens (a projector with learned queries). num_tokens is also the room a window has in the feature row.
+    num_tokens (a projector with learned queries). num_tokens is also a window's room in the feature row.
     """
 
     sample_rate: int = 16000
@@ -91,17 +91,15 @@ class AudioRule:
             if self.frames_per_token < 1:
                 raise UserError("audio frames_per_token must be at least 1, or None for learned queries")
             if self.tokens(self.max_frames) > self.num_tokens:
-                raise UserError(
-                    f"a full audio window has {self.tokens(self.max_frames)} tokens "
-                    f"({self.max_frames} frames / {self.frames_per_token}) but num_tokens is {self.num_tokens}"
-                )
+                full = f"{self.max_frames} frames / {self.frames_per_token} = {self.tokens(self.max_frames)}"
+                raise UserError(f"a full audio window has {full} tokens but num_tokens is {self.num_tokens}")
 
     @property
     def window_seconds(self) -> float:
         return self.max_frames * self.hop_length / self.sample_rate
 
     def __call__(self, waveform: np.ndarray) -> list[tuple[np.ndarray, int]]:
-        """Mono samples [T] float32 at sample_rate, T >= 1, to consecutive (mel [max_frames, num_mels], frames).
+        """Mono samples [T] at sample_rate to windows in a row: (mel float32 [max_frames, num_mels], frames).
 
         The samples of the last window are padded with zeros; `frames` says how many of its frames are real.
         """

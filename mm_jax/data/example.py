@@ -1,17 +1,17 @@
 """One conversation as arrays of any length: what the packer packs.
 
-Keys of a packed batch (a plain dict of numpy arrays; B rows, S merged length, N picture slots and M clip slots
-a row, G preference pairs a row). The features of a row are laid out
-[pictures: N * image.num_tokens | clips: M * audio.num_tokens].
+Keys of a packed batch (a plain dict of numpy arrays; B rows, S merged length, N picture slots and M audio
+windows a row, G preference pairs a row). The features of a row are laid out
+[pictures: N * image.num_tokens | windows: M * audio.num_tokens].
 
     tokens, segment_ids, positions, media_index, sources   int32 [B, S]
-        segment 0 is padding, k the k-th conversation of the row; media_index -1 is text, else a row of features
+        segment 0 is padding, k the k-th conversation of the row; media_index -1 is text, else a feature's row
     loss_weights        float32 [B, S]   belongs to the prediction of the token at the same place
     pixel_values        float32 [B, N, H, W, 3];  image_segment_ids int32 [B, N] (0: unused slot)
-    audio_values        float32 [B, M, F, mels];  audio_frames, audio_segment_ids int32 [B, M] (0: unused slot)
+    audio_values        float32 [B, M, F, mels];  audio_frames, audio_segment_ids int32 [B, M] (0: unused)
     image_labels, image_boxes, audio_labels   the arrays of Example with leading [B]; dense stage only
-    preference          int32 [B, G]     index of the pair or -1; preference stage only. Pair g of a row has the
-                                         segments 2g + 1 (chosen) and 2g + 2 (rejected)
+    preference          int32 [B, G]     index of the pair or -1; preference stage only. Pair g of a row has
+                                         the segments 2g + 1 (chosen) and 2g + 2 (rejected)
 """
 
 from __future__ import annotations

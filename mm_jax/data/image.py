@@ -95,8 +95,9 @@ class ImageRule:
     def transform(self, size: tuple[int, int]) -> Transform:
         """Where a picture of (width, height) lands, without looking at its pixels."""
         width, height = size
+        target = (self.width, self.height)
         if self.mode == "stretch":
-            return Transform(size, (self.width / width, self.height / height), (0, 0), (self.width, self.height))
+            return Transform(size, (self.width / width, self.height / height), (0, 0), target)
         choose = min if self.mode == "pad" else max
         scale = choose(self.width / width, self.height / height)
         new_width, new_height = max(1, round(width * scale)), max(1, round(height * scale))
@@ -105,7 +106,7 @@ class ImageRule:
             size,
             (new_width / width, new_height / height),
             ((self.width - new_width) // 2, (self.height - new_height) // 2),
-            (self.width, self.height),
+            target,
         )
 
     def __call__(self, image: PIL.Image.Image) -> tuple[np.ndarray, Transform]:
@@ -135,7 +136,9 @@ class ImageRule:
     @property
     def fill(self) -> tuple[int, int, int]:
         """The 8-bit colour of the padding."""
-        return tuple(round(m * 255) for m in self.mean) if self.pad_colour == "mean" else tuple(self.pad_colour)
+        if self.pad_colour == "mean":
+            return tuple(round(m * 255) for m in self.mean)
+        return tuple(self.pad_colour)
 
 
 @lru_cache(maxsize=32)

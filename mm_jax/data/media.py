@@ -17,7 +17,11 @@ import soxr
 from mm_jax.data.messages import BadSample
 
 MAX_PIXELS = 50_000_000
-MAX_SECONDS = 3600.0  # refuses a small file that expands to gigabytes of silence
+# a small file may expand to gigabytes of silence
+MAX_SECONDS = 1800.0
+MAX_SAMPLES = 200_000_000  # of all channels together
+# nothing that runs a program to decode (EPS), and one format less is one attack less
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -40,7 +44,8 @@ def _read(source: bytes | str | os.PathLike, reason: str) -> tuple[bytes, str]:
         except binascii.Error:
             raise MediaError(f"{name} is not valid base64", reason) from None
     elif isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise MediaError(f"{source[:80]}: give a file path or a data URL, nothing is downloaded", "unsupported_source")
+        text = f"{source[:80]}: give a file path or a data URL, nothing is downloaded"
+        raise MediaError(text, "unsupported_source")
     elif isinstance(source, str | os.PathLike):
         name = str(source)
         if len(name) > 4096 or "\0" in name:
@@ -83,11 +88,17 @@ def decode_image(source, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
 
 
 def image_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) after EXIF rotation, from the header alone. Raises MediaError."""
+    """(width, height) after EXIF rotation. Raises MediaError.
+
+    Of a JPEG only the header is read; a PNG may carry its EXIF after the pixels, so it is decoded.
+    """
     if isinstance(source, np.ndarray):
         return _image_from_array(source, max_pixels).size
     image, name = _open_image(source, max_pixels)
     width, height = image.size
+    if image.format == "TIFF":
+        # before loading, versions of Pillow differ in whether the size is that after rotation
+        return decode_image(image, max_pixels).size
     try:
         turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     except Exception as error:
@@ -102,11 +113,13 @@ def _open_image(source, max_pixels: int) -> tuple[PIL.Image.Image, str]:
     else:
         data, name = _read(source, "unreadable_image")
         try:
-            image = PIL.Image.open(io.BytesIO(data))
-        except PIL.Image.DecompressionBombError:
-            raise MediaError(f"{name}: more than {max_pixels} pixels", "image_bomb") from None
+            image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+        except PIL.Image.DecompressionBombError as error:
+            raise MediaError(f"{name}: {str(error).split(' pixels')[0]} pixels)", "image_bomb") from None
         except PIL.UnidentifiedImageError:
-            raise MediaError(f"{name}: not an image file that Pillow knows", "unreadable_image") from None
+            raise MediaError(
+                f"{name}: not an image ({', '.join(_FORMATS)} are read)", "unreadable_image"
+            ) from None
         except Exception as error:
             text = " ".join(str(error).split())
             raise MediaError(f"{name}: damaged image header ({text})", "unreadable_image") from None
@@ -128,10 +141,11 @@ def _image_from_array(array: np.ndarray, max_pixels: int) -> PIL.Image.Image:
         raise MediaError(text, "unreadable_image")
     _check_size((array.shape[1], array.shape[0]), max_pixels, "the array")
     if array.dtype == np.uint16:
-        array = (array >> 8).astype(np.uint8)
+        array = np.round(array / 257).astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise MediaError("a float image array must lie in 0..1; give uint8 for 0..255", "unreadable_image")
+            text = "a float image array must lie in 0..1; give uint8 for 0..255"
+            raise MediaError(text, "unreadable_image")
         array = np.round(array * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         text = f"an image array must be uint8, uint16 or float, not {array.dtype}"
@@ -143,11 +157,11 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        array = np.asarray(image).astype(np.float32)
+        array = np.nan_to_num(np.asarray(image).astype(np.float32))
         high = float(array.max())
         # 16-bit greyscale opens as I;16 or, from some formats, as I; smaller values are 8-bit already
         scale = 1 / 257 if image.mode.startswith("I;16") or high > 255 else 255.0 if high <= 1.0 else 1.0
-        grey = np.clip(np.round(np.nan_to_num(array) * scale), 0, 255).astype(np.uint8)
+        grey = np.clip(np.round(array * scale), 0, 255).astype(np.uint8)
         return PIL.Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -162,8 +176,8 @@ def decode_audio(
 ) -> np.ndarray:
     """Anything sound-like to float32 mono samples [T] at `rate` Hz, in -1..1.
 
-    source: encoded bytes, a path or a data URL (WAV, FLAC, OGG, MP3: what libsndfile reads), or samples [T] or
-    [T, channels], int16 or float, which need their `sample_rate` (Hz). Channels are averaged.
+    source: encoded bytes, a path or a data URL (WAV, FLAC, OGG, MP3: what libsndfile reads), or samples [T]
+    or [T, channels], int16 or float, which need their `sample_rate` (Hz). Channels are averaged.
 
     Raises MediaError: unreadable, empty, not finite, longer than max_seconds, rate outside 4000..384000 Hz.
     """
@@ -172,7 +186,8 @@ def decode_audio(
         if sample_rate is None:
             raise MediaError(f"{name} needs its sample_rate (Hz)", "bad_sample_rate")
         if source.ndim not in (1, 2) or (source.ndim == 2 and source.shape[1] > 16):
-            raise MediaError(f"{name} must be [T] or [T, channels], not {list(source.shape)}", "unreadable_audio")
+            text = f"{name} must be [T] or [T, channels], not {list(source.shape)}"
+            raise MediaError(text, "unreadable_audio")
         if source.dtype == np.int16:
             samples = source.astype(np.float32) / 32768.0
         elif np.issubdtype(source.dtype, np.floating):
@@ -187,20 +202,21 @@ def decode_audio(
     if samples.size == 0:
         raise MediaError(f"{name}: the clip holds no sample", "unreadable_audio")
     if samples.size > max_seconds * sample_rate:
-        seconds = samples.size / sample_rate
-        raise MediaError(f"{name}: {seconds:.0f} s of audio, at most {max_seconds:.0f} s are read", "audio_bomb")
+        raise MediaError(f"{name}: more than {max_seconds:g} s of audio", "audio_bomb")
     if not np.isfinite(samples).all():
         raise MediaError(f"{name}: some samples are NaN or infinite", "unreadable_audio")
     if sample_rate != rate:
         samples = soxr.resample(samples, sample_rate, rate)
         if samples.size == 0:
-            raise MediaError(f"{name}: too short to resample from {sample_rate} to {rate} Hz", "unreadable_audio")
+            text = f"{name}: too short to resample from {sample_rate} to {rate} Hz"
+            raise MediaError(text, "unreadable_audio")
     return np.ascontiguousarray(samples, np.float32)
 
 
 def _check_rate(rate: int, name: str) -> None:
     if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not 4000 <= rate <= 384000:
-        raise MediaError(f"{name}: sample rate {rate!r} Hz, must be a whole number 4000..384000", "bad_sample_rate")
+        text = f"{name}: sample rate {rate!r} Hz, must be a whole number 4000..384000"
+        raise MediaError(text, "bad_sample_rate")
 
 
 def _read_audio(source, max_seconds: float) -> tuple[np.ndarray, int, str]:
@@ -209,9 +225,12 @@ def _read_audio(source, max_seconds: float) -> tuple[np.ndarray, int, str]:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate = file.samplerate
             _check_rate(rate, name)
+            if file.frames * file.channels > MAX_SAMPLES:
+                text = f"{name}: {file.frames} frames of {file.channels} channels are too many"
+                raise MediaError(text, "audio_bomb")
             # one frame over the limit shows the excess without trusting the header's length
             samples = file.read(int(max_seconds * rate) + 1, dtype="float32")
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
-        text = " ".join(str(error).split())
-        raise MediaError(f"{name}: not a readable WAV, FLAC, OGG or MP3 ({text})", "unreadable_audio") from None
+        text = f"{name}: not a readable WAV, FLAC, OGG or MP3 ({' '.join(str(error).split())})"
+        raise MediaError(text, "unreadable_audio") from None
     return samples, rate, name

@@ -4,7 +4,7 @@ The JSON is the chat format of OpenAI and transformers, so that a data set, a pr
 to a server are one thing:
 
     {"id": "7", "messages": [
-        {"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "where?"}]},
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "who?"}]},
         {"role": "assistant", "content": [{"type": "box", "box": [4, 8, 20, 40]}], "task": "grounding"}]}
 """
 
@@ -62,7 +62,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Audio:
-    """source: encoded bytes, a path, a data URL or samples [T] / [T, channels]; samples need `sample_rate` (Hz)."""
+    """source: encoded bytes, path, data URL, or samples [T] or [T, channels] with `sample_rate` (Hz)."""
 
     source: bytes | str | np.ndarray
     sample_rate: int | None = None
@@ -82,7 +82,7 @@ Part = Text | Image | Audio | Box
 
 @dataclass(frozen=True)
 class Message:
-    """task names the question type that an assistant message answers ("count", "ocr", ...), for the scores."""
+    """task: the question type that an assistant message answers ("count", "ocr", ...), for the scores."""
 
     role: str
     parts: tuple[Part, ...]
@@ -124,7 +124,9 @@ def conversation_from_json(
     return _Reader(obj, root, images, audio).conversation()
 
 
-def messages_from_json(messages: Sequence[dict | Message], *, root: Path | None = None) -> tuple[Message, ...]:
+def messages_from_json(
+    messages: Sequence[dict | Message], *, root: Path | None = None
+) -> tuple[Message, ...]:
     """A chat prompt (a list of message objects, JSON or already Message) to messages."""
     if all(isinstance(message, Message) for message in messages):
         return tuple(messages)
@@ -163,8 +165,8 @@ class _Reader:
             rejected = self.content(rejected, '"rejected"')
             if any(isinstance(part, Image | Audio) for part in rejected):
                 raise self.bad('"rejected" may hold text and boxes only')
-        for kind, paths in self.listed.items():
-            self.check_count(kind, len(paths))
+        for kind, media in self.media.items():
+            self.check_count(kind, len(media))
         return Conversation(read, str(self.obj.get("id") or ""), str(self.obj.get("source") or ""), rejected)
 
     def check_keys(self, obj: dict, known: tuple[str, ...], what: str) -> None:
@@ -179,6 +181,8 @@ class _Reader:
             noun = f"{kind}s" if kind == "image" and count != 1 else kind
             plural = "" if placeholders == 1 else "s"
             text = f"{placeholders} {_PLACEHOLDERS[kind]} placeholder{plural} but {count} {noun}"
+            if self.named[kind]:
+                text = f"{len(self.named[kind])} of {count} {noun} are in a message"
             raise self.bad(text, "placeholder_mismatch")
 
     def message(self, obj: Any, k: int) -> Message:
@@ -249,16 +253,18 @@ class _Reader:
                 raise self.bad(f'{where}: "image" of a box is the number of a picture, not {image!r}')
             return (Box(self.numbers(obj.get("box"), (4,), where), image),)
         if kind in ("image", "image_url"):
-            self.check_keys(obj, ("type", "image", "image_url", "regions"), "image part")
-            source = obj.get("image")
+            self.check_keys(obj, ("type", "image", "image_url", "url", "path", "regions"), "image part")
+            source = _first(obj, "image", "path", "url")
             if kind == "image_url":
                 source = obj.get("image_url")
                 source = source.get("url") if isinstance(source, dict) else source
             regions = self.regions(obj.get("regions", ()), 4, where)
             return (Image(self.media_source("image", source, where), regions),)
         if kind in ("audio", "input_audio"):
-            self.check_keys(obj, ("type", "audio", "input_audio", "sample_rate", "regions"), "audio part")
-            source = obj.get("audio")
+            self.check_keys(
+                obj, ("type", "audio", "input_audio", "url", "path", "sample_rate", "regions"), "audio part"
+            )
+            source = _first(obj, "audio", "path", "url")
             regions = self.regions(obj.get("regions", ()), 2, where)
             if kind == "input_audio":
                 data = obj.get("input_audio")
@@ -272,7 +278,8 @@ class _Reader:
         try:
             return base64.b64decode(data, validate=True)
         except (TypeError, ValueError):
-            raise self.bad(f'{where}: "input_audio" needs {{"data": base64 text}}', "unreadable_audio") from None
+            text = f'{where}: "input_audio" needs {{"data": base64 text}}'
+            raise self.bad(text, "unreadable_audio") from None
 
     def media_source(self, kind: str, source: Any, where: str) -> Any:
         if isinstance(source, bool):
@@ -280,7 +287,8 @@ class _Reader:
         if isinstance(source, int):
             count = len(self.media[kind])
             if not 0 <= source < count:
-                raise self.bad(f"{where}: {kind} {source} asked for, but there are {count}", "placeholder_mismatch")
+                text = f"{where}: {kind} {source} asked for, but there are {count}"
+                raise self.bad(text, "placeholder_mismatch")
             self.named[kind].add(source)
             return self.path(self.media[kind][source])
         if source is None and kind in self.listed:
@@ -314,6 +322,11 @@ class _Reader:
             self.check_keys(region, ("label", "box"), "region")
             out.append(Region(region["label"], self.numbers(region.get("box"), (count,), where)))
         return tuple(out)
+
+
+def _first(obj: dict, *keys: str) -> Any:
+    """transformers writes the source of a part under any of these names."""
+    return next((obj[key] for key in keys if obj.get(key) is not None), None)
 
 
 def conversation_to_json(conversation: Conversation) -> dict:

@@ -30,8 +30,8 @@ from mm_jax.serialize import from_json, to_json
 class ProcessorConfig:
     """image, audio: None where the model has no such encoder. box_bins: number of location tokens.
 
-    max_pixels: larger pictures are refused before decoding. answer_weight: "token" weighs each answer token 1,
-    "sqrt" each of n tokens 1 / sqrt(n), so that long answers do not drown the short ones.
+    max_pixels: larger pictures are refused before decoding. answer_weight: "token" weighs each token of an
+    answer 1, "sqrt" each of n tokens 1 / sqrt(n), so that long answers do not drown the short ones.
     """
 
     image: ImageRule | None = ImageRule()
@@ -60,7 +60,7 @@ class _Media:
 
 
 class Processor:
-    """Conversation -> Example, ids -> parts. Picklable, without state of its own: safe in worker processes."""
+    """Conversation -> Example, ids -> parts. Picklable and without state: safe in worker processes."""
 
     def __init__(self, config: ProcessorConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
@@ -80,15 +80,15 @@ class Processor:
     ) -> Example:
         """One training example. A conversation with `rejected` becomes a preference pair.
 
-        media=False leaves pictures and clips out (language training); text=False keeps only their places (dense
-        training); targets adds the dense targets.
+        media=False leaves pictures and clips out (language training); text=False keeps only their places
+        (dense training); targets adds the dense targets.
 
         In a preference pair segment 1 is the conversation and 2 the same with the rejected answer; only these
         two last answers are trainable, every token with weight 1, whatever answer_weight says.
 
         Raises:
-            BadSample: with a reason, one of: empty_conversation, no_trainable_token, no_media, placeholder_mismatch,
-                bad_box, no_encoder, bad_conversation, or one of MediaError.
+            BadSample: with a reason, one of: empty_conversation, empty_answer, no_trainable_token, no_media,
+                placeholder_mismatch, bad_box, no_encoder, bad_conversation, or one of MediaError.
         """
         with _Named(conversation.id):
             if not conversation.messages:
@@ -99,8 +99,7 @@ class Processor:
                 transforms = self._sizes_only(conversation)
             spans = self._spans(conversation, transforms, media)
             if text:
-                if not any(span.trainable for segment in spans for span in segment):
-                    raise BadSample("no assistant message to train on", "no_trainable_token")
+                _check_answers(conversation.messages)
             else:
                 spans = [[span for span in spans[0] if span.media]]
                 if not spans[0]:
@@ -216,7 +215,8 @@ class Processor:
         if self.config.image is None:
             raise BadSample("a box, but the model has no image encoder", "no_encoder")
         limit = self.config.max_pixels
-        sizes = [_media(f"image {k}", image_size, i.source, limit) for k, i in enumerate(conversation.images())]
+        images = enumerate(conversation.images())
+        sizes = [_media(f"image {k}", image_size, image.source, limit) for k, image in images]
         return [self.config.image.transform(size) for size in sizes]
 
     def _box_writer(self, transforms: Sequence[Transform]) -> Callable[[Box], tuple[int, ...]]:
@@ -244,7 +244,8 @@ class Processor:
         if chosen[-1].role != "assistant":
             raise BadSample("a preference pair must end with an assistant message", "no_trainable_token")
         if any(isinstance(part, Image | Audio) for part in (*rejected, *chosen[-1].parts)):
-            raise BadSample("the answers of a preference pair may hold text and boxes only", "bad_conversation")
+            text = "the answers of a preference pair may hold text and boxes only"
+            raise BadSample(text, "bad_conversation")
         worse = (*chosen[:-1], dataclasses.replace(chosen[-1], parts=rejected))
         segments = []
         for messages in (chosen, worse):
@@ -331,6 +332,16 @@ def _media(name: str, decode: Callable, *args):
         return decode(*args)
     except MediaError as error:
         raise MediaError(f"{name}: {error}", error.reason) from None
+
+
+def _check_answers(messages: Sequence[Message]) -> None:
+    """An answer of nothing would teach the model to say nothing."""
+    answers = [message for message in messages if message.role == "assistant"]
+    if not answers:
+        raise BadSample("no assistant message to train on", "no_trainable_token")
+    for answer in answers:
+        if not any(not isinstance(part, Text) or part.text.strip() for part in answer.parts):
+            raise BadSample("an assistant message is empty", "empty_answer")
 
 
 def _all_parts(conversation: Conversation) -> Iterable[Part]:

@@ -1,4 +1,4 @@
-"""Dense targets for encoder training: which label words hold at each patch or moment, and whose box it is in."""
+"""Dense targets for encoder training: the label words at each patch or moment, and the box it lies in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COVERED = 0.25  # part of a patch, or of a region, that must overlap
 class TargetRule:
     """labels: the label words that are predicted (others are ignored); empty: filled in by fit_processor.
 
-    box_bins: bins of a box coordinate over 0..1 of the model's picture. image_grid: (rows, columns) of patches.
+    box_bins: bins of a coordinate over 0..1 of the model's picture. image_grid: (rows, columns) of patches.
     audio_positions: time steps of an audio window that the encoder puts out.
     """
 
@@ -35,9 +35,10 @@ class TargetRule:
     def image(self, regions: Sequence[Region], transform: Transform) -> tuple[np.ndarray, np.ndarray]:
         """Regions in original pixels to (labels uint8 [rows * cols, L], boxes int32 [rows * cols, 4]).
 
-        A region marks a patch whose centre it holds, or of which it covers a quarter, or that holds a quarter of
-        the region. A patch carries every word of every region that marks it, and the box (x0, y0, x1, y1 as bins
-        floor(v * box_bins)) of the smallest one, -1 where there is none. Parts outside the picture do not count.
+        A region marks a patch whose centre it holds, or of which it covers a quarter, or that holds a quarter
+        of the region. A patch carries every word of every region that marks it, and the box of the smallest
+        one: x0, y0, x1, y1 as bins floor(v * box_bins), -1 where there is none. What lies outside the picture
+        does not count.
         """
         rows, columns = self.image_grid
         boxes = [transform.forward(region.box) for region in regions]
@@ -62,7 +63,7 @@ class TargetRule:
         return _any(marked, labels), np.where(marked.any(0)[:, None], bins[smallest], -1)
 
     def audio(self, regions: Sequence[Region], windows: int, window_seconds: float) -> np.ndarray:
-        """Regions in seconds of the clip to uint8 [windows, audio_positions, L]: the words said at each moment.
+        """Regions in seconds of the clip to uint8 [windows, audio_positions, L]: the words at each moment.
 
         A position stands for its middle time; a word shorter than a step marks the position it falls on.
         """
@@ -81,7 +82,7 @@ class TargetRule:
 
 
 def _overlap(low: np.ndarray, high: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """[R, 1] spans against unit cells: shared length [R, count] and whether the span holds the cell's middle."""
+    """Spans [R, 1] against unit cells: shared length [R, count], and whether the span holds the middle."""
     cells = np.arange(count)
     shared = np.clip(np.minimum(high, cells + 1) - np.maximum(low, cells), 0, 1)
     return shared, (low <= cells + 0.5) & (cells + 0.5 < high)

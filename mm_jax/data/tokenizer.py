@@ -18,7 +18,7 @@ SPECIALS = (PAD, SYSTEM, USER, ASSISTANT, END, IMAGE, AUDIO)
 
 
 class Tokenizer:
-    """Text to ids and back over a `tokenizers.Tokenizer`. Picklable; encodings of repeated strings are cached.
+    """Text to ids and back over a `tokenizers.Tokenizer`. Picklable; short texts that repeat are cached.
 
     Ids: the special tokens from 0, then the location tokens, then bytes and merges.
     """
@@ -27,14 +27,19 @@ class Tokenizer:
         self.backend = backend
         # without it the text "<image>" would become the placeholder's id
         backend.encode_special_tokens = True
-        # BPE itself is threaded for batches only; this keeps worker processes quiet about forks
-        self.encode = lru_cache(maxsize=65536)(self._encode)
+        self._encode_cached = lru_cache(maxsize=65536)(self._encode)
         for name in SPECIALS:
             if backend.token_to_id(name) is None:
                 raise UserError(f"the tokenizer has no special token {name}")
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str) -> tuple[int, ...]:
         """Ids of plain text; never one of the special tokens."""
+        # questions and answers repeat, documents do not and would fill the memory
+        return self._encode_cached(text) if len(text) <= 256 else self._encode(text)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        # JSON may hold half of a surrogate pair ("\ud800"), which is no text and has no bytes
+        text = text.encode("utf-8", "replace").decode("utf-8")
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -89,7 +94,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, box_bins: int) -> Tok
     specials = [*SPECIALS, *BoxFormat.names(box_bins)]
     fixed = len(specials) + 256
     if vocab_size < fixed:
-        raise UserError(f"vocab_size {vocab_size} is too small: {fixed} tokens are fixed (specials, boxes, bytes)")
+        text = f"vocab_size {vocab_size} is too small: {fixed} tokens are fixed (specials, boxes, bytes)"
+        raise UserError(text)
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
