@@ -1,0 +1,60 @@
+"""The one attention entry of the library."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention_mask(
+    query_segment_ids: jax.Array | None,
+    key_segment_ids: jax.Array | None,
+    query_slots: jax.Array | None,
+    num_keys: int,
+) -> jax.Array | None:
+    """Who may look at whom, as bool [B, 1, T, S]; None when everybody sees everything.
+
+    Args:
+      query_segment_ids: int32 [B, T]; a query sees only keys with its own segment id.
+      key_segment_ids: int32 [B, S].
+      query_slots: int32 [B, T], the slot of each query on the key axis; given, attention is causal: a query
+        sees keys at slots up to and including its own. Slots are places in the row (or in the KV cache), not
+        positions: with M-RoPE positions repeat, slots never do.
+      num_keys: S.
+    """
+    mask = None
+    if query_segment_ids is not None:
+        mask = query_segment_ids[:, :, None] == key_segment_ids[:, None, :]
+    if query_slots is not None:
+        causal = jnp.arange(num_keys)[None, None, :] <= query_slots[:, :, None]
+        mask = causal if mask is None else mask & causal
+    return None if mask is None else mask[:, None]
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention with grouped key/value heads (Vaswani et al. 2017; Ainslie et al. 2023).
+
+    Softmax runs in float32. A query that may see nothing gets a finite, meaningless row: such rows are padding.
+
+    Args:
+      query: [B, T, N, H].
+      key, value: [B, S, K, H] with K dividing N; head n reads key/value head n // (N // K).
+      mask: bool [B or 1, 1, T, S], from `attention_mask`.
+
+    Returns:
+      [B, T, N, H] in the dtype of `query`.
+    """
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+
+
+def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The probabilities that `attention` uses: float32 [B, N, T, S]. For looking at, not for training."""
+    key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
+    logits *= query.shape[-1] ** -0.5
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(logits, axis=-1)

@@ -1,0 +1,127 @@
+"""The decoder-only language model."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mm_jax.models.layers import MLP, Activation, Attention, stack
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and options of a Llama-shaped decoder.
+
+    Attributes:
+      num_kv_heads: fewer than num_heads for grouped-query attention.
+      tie_embeddings: read the logits off the embedding table instead of a separate head.
+      qk_norm: RMS norm on query and key heads (Qwen3).
+    """
+
+    vocab_size: int = 1024
+    embed_dim: int = 192
+    num_layers: int = 4
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    mlp_dim: int = 512
+    activation: Activation = "silu"
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    qk_norm: bool = False
+
+
+Cache = dict[str, jax.Array]
+
+
+def init_cache(config: DecoderConfig, rows: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """An empty KV cache: key and value [layers, rows, length, kv_heads, head_dim], segment_ids [rows, length]."""
+    shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
+    return {
+        "key": jnp.zeros(shape, dtype),
+        "value": jnp.zeros(shape, dtype),
+        "segment_ids": jnp.zeros((rows, length), jnp.int32),
+    }
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm block: RMS norm, rotary grouped-query attention, RMS norm, gated MLP (Touvron et al. 2023)."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+        mask: jax.Array,
+        positions: jax.Array,
+        starts: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """[B, T, D] and this layer's cache -> the same, advanced."""
+        c = self.config
+        attend = Attention(
+            c.num_heads, c.num_kv_heads, c.head_dim, use_bias=False, rope_theta=c.rope_theta, qk_norm=c.qk_norm,
+            norm_eps=c.norm_eps, dtype=self.dtype, name="attention",
+        )  # fmt: skip
+        y = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="attention_norm")(x)
+        y, cache = attend(y, mask=mask, positions=positions, cache=cache, starts=starts)
+        x = x + y
+        mlp = MLP(c.mlp_dim, c.activation, gated=True, use_bias=False, dtype=self.dtype, name="mlp")
+        return x + mlp(nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="mlp_norm")(x)), cache
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and head, as three methods so that media can be spliced in between."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(c.embed_dim**-0.5)
+        self.embedding = nn.Embed(c.vocab_size, c.embed_dim, dtype=self.dtype, embedding_init=init)
+        self.layers = stack(DecoderBlock, c.num_layers, 0, nn.broadcast, nn.broadcast, nn.broadcast)(
+            c, self.dtype
+        )
+        self.norm = nn.RMSNorm(c.norm_eps, dtype=self.dtype)
+        if not c.tie_embeddings:
+            self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, T] -> [B, T, D]."""
+        return self.embedding(tokens)
+
+    def hidden(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None = None,
+        starts: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Run the blocks and the final norm.
+
+        Args:
+          x: [B, T, D] embeddings with media spliced in.
+          mask: bool [B, 1, T, S], S = T or the cache length.
+          positions: int32 [B, T].
+          cache: from `init_cache`; its keys and values are advanced, its segment ids are the caller's.
+          starts: int32 [B], see `Attention`.
+
+        Returns:
+          [B, T, D] and the advanced cache.
+        """
+        layers = None if cache is None else (cache["key"], cache["value"])
+        x, layers = self.layers(x, layers, mask, positions, starts)
+        if cache is not None:
+            cache = cache | {"key": layers[0], "value": layers[1]}
+        return self.norm(x), cache
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> float32 [B, T, vocab]."""
+        out = self.embedding.attend(x) if self.config.tie_embeddings else self.head(x)
+        return out.astype(jnp.float32)

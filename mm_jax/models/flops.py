@@ -1,0 +1,83 @@
+"""Model FLOPs: the multiplications and additions that the mathematics needs, padding and recomputation excluded."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mm_jax.models.multimodal import MultimodalConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch really holds.
+
+    Attributes:
+      tokens: decoder tokens, pseudo-tokens included, padding excluded.
+      token_pairs: sum over segments of length * (length + 1) / 2, the causal attention pairs.
+      images, clips: used image and audio slots.
+    """
+
+    tokens: int
+    token_pairs: int
+    images: int = 0
+    clips: int = 0
+
+
+def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
+    """FLOPs of one forward pass by part: vision, image_projector, audio, audio_projector, decoder."""
+    flops = {}
+
+    def blocks(width: int, layers: int, mlp: int, positions: int) -> float:
+        return layers * positions * (2 * (4 * width**2 + 2 * width * mlp) + 4 * width * positions)
+
+    def projector(name: str, features: int, positions: int, tokens: int) -> float:
+        p = getattr(config, name)
+        width = config.decoder.embed_dim
+        merged = features * p.merge[0] * p.merge[1]
+        if p.kind == "linear":
+            return 2.0 * tokens * merged * width
+        if p.kind == "mlp":
+            return 2.0 * tokens * p.hidden_dim * (merged + width)
+        h = p.hidden_dim
+        reads = positions * (features * h + 2 * h * h)
+        return 2.0 * (reads + tokens * (2 * h * h + 2 * positions * h + 4 * h * h + h * width))
+
+    if (v := config.vision) is not None:
+        rows, cols = v.grid
+        embed = 2 * rows * cols * 3 * v.patch_size**2 * v.embed_dim
+        flops["vision"] = work.images * (embed + blocks(v.embed_dim, v.num_layers, v.mlp_dim, rows * cols))
+        flops["image_projector"] = work.images * projector(
+            "image_projector", v.embed_dim, rows * cols, config.image_tokens
+        )
+    if (a := config.audio) is not None:
+        convs = 2 * 3 * a.embed_dim * (a.max_frames * a.num_mels + a.num_positions * a.embed_dim)
+        flops["audio"] = work.clips * (convs + blocks(a.embed_dim, a.num_layers, a.mlp_dim, a.num_positions))
+        flops["audio_projector"] = work.clips * projector(
+            "audio_projector", a.embed_dim, a.num_positions, config.audio_tokens
+        )
+    d = config.decoder
+    heads = d.num_heads * d.head_dim
+    layer = d.embed_dim * (2 * heads + 2 * d.num_kv_heads * d.head_dim) + 3 * d.embed_dim * d.mlp_dim
+    per_token = 2 * (d.num_layers * layer + d.embed_dim * d.vocab_size)
+    flops["decoder"] = work.tokens * per_token + d.num_layers * 4 * heads * work.token_pairs
+    return flops
+
+
+def train_flops(config: MultimodalConfig, work: Work, trainable: Iterable[str]) -> float:
+    """FLOPs of one training step on `work` when the top-level parts `trainable` learn.
+
+    A part costs its forward pass once; as much again when a gradient flows through it to something trainable before
+    it, and as much again when its own weights learn. So the frozen towers of the align stage count once, its frozen
+    decoder twice, and a fully trained model three times.
+    """
+    trainable = set(trainable)
+    before = {
+        "vision": set(),
+        "audio": set(),
+        "image_projector": {"vision"},
+        "audio_projector": {"audio"},
+        "decoder": {"vision", "audio", "image_projector", "audio_projector"},
+    }
+    forward = forward_flops(config, work)
+    return sum(
+        flops * (1 + (part in trainable) + bool(before[part] & trainable)) for part, flops in forward.items()
+    )

@@ -1,0 +1,165 @@
+"""Building blocks shared by encoders, projectors and the decoder."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mm_jax.models.attention import attention, attention_weights
+
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding in half-split form (Su et al. 2021; the layout of the Llama reference).
+
+    Args:
+      x: [B, T, N, H]; channel i of the first half of a head pairs with channel i of the second half.
+      positions: int32 [B, T].
+      theta: base of the frequencies, theta ** (-2 i / H).
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over `x`, or from `x` to `context`, with optional rotary positions and KV cache.
+
+    Attributes:
+      num_heads, num_kv_heads, head_dim: grouped-query attention when num_kv_heads < num_heads.
+      use_bias: biases on the query, key, value and out projections.
+      rope_theta: rotary base; None for no rotary positions.
+      qk_norm: RMS norm on each query and key head before the rotation.
+      dtype: compute dtype; parameters stay float32.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    use_bias: bool = True
+    rope_theta: float | None = None
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        starts: jax.Array | None = None,
+        key_places: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Attend.
+
+        Args:
+          x: [B, T, D].
+          context: [B, S, C] to attend to; None for self-attention.
+          mask: bool [B, 1, T, S] (S = cache length when a cache is given).
+          positions: int32 [B, T] for the rotary embedding.
+          cache: keys and values [B, L, K, H] seen so far; the new ones are written at slots
+            `starts[b] .. starts[b] + T - 1` and attention reads the whole cache.
+          starts: int32 [B].
+          key_places: [S, C] added to the context for the keys alone, so that a query can look for a place.
+
+        Returns:
+          [B, T, D] and the updated cache (None when none was given).
+        """
+
+        def project(name: str, inputs: jax.Array, heads: int) -> jax.Array:
+            out = nn.Dense(heads * self.head_dim, use_bias=self.use_bias, dtype=self.dtype, name=name)(inputs)
+            return rearrange(out, "b t (n h) -> b t n h", n=heads)
+
+        context = x if context is None else context
+        query = project("query", x, self.num_heads)
+        key = project("key", context if key_places is None else context + key_places, self.num_kv_heads)
+        value = project("value", context, self.num_kv_heads)
+        if self.qk_norm:
+            query = nn.RMSNorm(self.norm_eps, dtype=self.dtype, name="query_norm")(query)
+            key = nn.RMSNorm(self.norm_eps, dtype=self.dtype, name="key_norm")(key)
+        if self.rope_theta is not None:
+            query = rotate(query, positions, self.rope_theta)
+            key = rotate(key, positions, self.rope_theta)
+        if cache is not None:
+            write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
+            key = write(cache[0], key.astype(cache[0].dtype), starts)
+            value = write(cache[1], value.astype(cache[1].dtype), starts)
+            cache = key, value
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "attention_weights", attention_weights(query, key, mask))
+        out = rearrange(attention(query, key, value, mask), "b t n h -> b t (n h)")
+        out = nn.Dense(x.shape[-1], use_bias=self.use_bias, dtype=self.dtype, name="out")(out)
+        return out, cache
+
+
+class MLP(nn.Module):
+    """Two-layer perceptron, or its gated form `down(act(gate x) * up x)` (SwiGLU with silu; Shazeer 2020)."""
+
+    mlp_dim: int
+    activation: Activation = "gelu_tanh"
+    gated: bool = False
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+
+        def dense(name: str, features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, name=name)
+
+        hidden = dense("up", self.mlp_dim)(x)
+        activate = ACTIVATIONS[self.activation]
+        hidden = activate(dense("gate", self.mlp_dim)(x)) * hidden if self.gated else activate(hidden)
+        return dense("down", x.shape[-1])(hidden)
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm transformer block with full attention, the block of ViT and Whisper encoders."""
+
+    num_heads: int
+    mlp_dim: int
+    activation: Activation = "gelu_tanh"
+    norm_eps: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+        """[B, T, D], bool [B, 1, T, T] -> [B, T, D] and the None that `nn.scan` collects."""
+
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
+
+        heads = self.num_heads
+        attend = Attention(heads, heads, x.shape[-1] // heads, dtype=self.dtype, name="attention")
+        x = x + attend(norm("attention_norm")(x), mask=mask)[0]
+        mlp = MLP(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")
+        return x + mlp(norm("mlp_norm")(x)), None
+
+
+def stack(block: type[nn.Module], length: int, *in_axes: object) -> type[nn.Module]:
+    """`block` repeated `length` times by scan: one compiled body, parameters with a leading [length] axis."""
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+    )

@@ -1,0 +1,157 @@
+"""MultimodalLM: encoders -> projectors -> splice -> decoder."""
+
+from dataclasses import dataclass, field
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mm_jax.models.attention import attention_mask
+from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
+from mm_jax.models.decoder import Cache, Decoder, DecoderConfig
+from mm_jax.models.heads import DenseHeads, HeadConfig
+from mm_jax.models.projectors import PROJECTORS, ProjectorConfig
+from mm_jax.models.vision import VisionTransformer, ViTConfig
+
+Batch = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class MultimodalConfig:
+    """What a model is made of. A part that is None does not exist; its projector is then ignored.
+
+    Attributes:
+      heads: dense-target heads over the encoders, for training them; None when the encoders come trained.
+      dtype: compute dtype of every part; parameters are float32.
+    """
+
+    vision: ViTConfig | None = field(default_factory=ViTConfig)
+    audio: AudioEncoderConfig | None = field(default_factory=AudioEncoderConfig)
+    image_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(2, 2)))
+    audio_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(8, 1)))
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    heads: HeadConfig | None = None
+    dtype: str = "float32"
+
+    @property
+    def image_tokens(self) -> int:
+        """Pseudo-tokens of one image slot."""
+        return 0 if self.vision is None else self.image_projector.num_tokens(self.vision.grid)
+
+    @property
+    def audio_tokens(self) -> int:
+        """Pseudo-tokens of one audio slot."""
+        return 0 if self.audio is None else self.audio_projector.num_tokens((self.audio.num_positions, 1))
+
+
+def splice(embeddings: jax.Array, features: jax.Array, media_index: jax.Array) -> jax.Array:
+    """Put media features at the text positions that ask for them.
+
+    Args:
+      embeddings: [B, S, D].
+      features: [B, P, D], the projected features of a row, images first.
+      media_index: int32 [B, S], the feature a position takes, -1 for text.
+    """
+    taken = jnp.take_along_axis(features, jnp.maximum(media_index, 0)[..., None], axis=1)
+    return jnp.where((media_index >= 0)[..., None], taken, embeddings)
+
+
+class MultimodalLM(nn.Module):
+    """Encoders, projectors, splice and decoder as one pure function of (params, batch).
+
+    A batch holds tokens, segment_ids, positions, media_index int32 [B, S] and, where rows have slots for them,
+    pixel_values [B, N, H, W, 3] and audio_values [B, M, F, mels] with audio_frames [B, M]. The features of a row are
+    [N * image_tokens | M * audio_tokens] in this order.
+    """
+
+    config: MultimodalConfig
+
+    def setup(self) -> None:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        width = c.decoder.embed_dim
+        if c.vision is not None:
+            self.vision = VisionTransformer(c.vision, dtype)
+            self.image_projector = PROJECTORS[c.image_projector.kind](c.image_projector, width, dtype)
+        if c.audio is not None:
+            self.audio = AudioEncoder(c.audio, dtype)
+            self.audio_projector = PROJECTORS[c.audio_projector.kind](c.audio_projector, width, dtype)
+        if c.heads is not None:
+            self.heads = DenseHeads(c.heads, dtype)
+        self.decoder = Decoder(c.decoder, dtype)
+
+    def _image_features(self, batch: Batch) -> jax.Array:
+        """[B * N, patches, C]"""
+        return self.vision(rearrange(batch["pixel_values"], "b n h w c -> (b n) h w c"))
+
+    def _audio_features(self, batch: Batch) -> jax.Array:
+        """[B * M, positions, C]"""
+        values = rearrange(batch["audio_values"], "b m f c -> (b m) f c")
+        return self.audio(values, rearrange(batch["audio_frames"], "b m -> (b m)"))
+
+    def encode(self, batch: Batch) -> jax.Array | None:
+        """The projected media features of each row: [B, N * image_tokens + M * audio_tokens, D]; None without media."""
+        rows = batch["tokens"].shape[0]
+        features = []
+        if "pixel_values" in batch:
+            with jax.named_scope("image"):
+                projected = self.image_projector(self._image_features(batch), self.config.vision.grid)
+            features.append(rearrange(projected, "(b n) t d -> b (n t) d", b=rows))
+        if "audio_values" in batch:
+            with jax.named_scope("audio"):
+                encoded = self._audio_features(batch)
+                frames = rearrange(batch["audio_frames"], "b m -> (b m) 1")
+                real = jnp.arange(encoded.shape[1]) < (frames + 1) // 2
+                projected = self.audio_projector(encoded, (encoded.shape[1], 1), real)
+            features.append(rearrange(projected, "(b m) t d -> b (m t) d", b=rows))
+        return jnp.concatenate(features, axis=1) if features else None
+
+    def dense(self, batch: Batch) -> dict[str, jax.Array]:
+        """Logits of the dense targets: image_labels [B, N, P, L], image_boxes [B, N, P, 4, bins], audio_labels [B, M, T, L]."""
+        rows = batch["tokens"].shape[0]
+        outputs = {}
+        if "pixel_values" in batch:
+            outputs |= self.heads.image(
+                rearrange(self._image_features(batch), "(b n) p c -> b n p c", b=rows)
+            )
+        if "audio_values" in batch:
+            outputs |= self.heads.audio(
+                rearrange(self._audio_features(batch), "(b m) t c -> b m t c", b=rows)
+            )
+        return outputs
+
+    def _embed(self, batch: Batch) -> jax.Array:
+        embeddings = self.decoder.embed(batch["tokens"])
+        features = self.encode(batch)
+        return embeddings if features is None else splice(embeddings, features, batch["media_index"])
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """Logits float32 [B, S, vocab] of packed rows; segments do not see each other."""
+        if self.is_initializing() and self.config.heads is not None:
+            self.dense(batch)
+        segments = batch["segment_ids"]
+        rows, length = segments.shape
+        slots = jnp.broadcast_to(jnp.arange(length), (rows, length))
+        mask = attention_mask(segments, segments, slots, length)
+        x, _ = self.decoder.hidden(self._embed(batch), mask, batch["positions"])
+        return self.decoder.logits(x)
+
+    def extend(self, batch: Batch, cache: Cache, starts: jax.Array) -> tuple[jax.Array, Cache]:
+        """Advance a KV cache by the tokens of a batch: prefill, the next turn of a chat, or one decoding step.
+
+        Args:
+          batch: as for `__call__`, right-padded; padding (segment 0) is written but never attended to.
+          cache: from `init_cache`, at least starts + S slots long.
+          starts: int32 [B], the slot where the first token of each row goes.
+
+        Returns:
+          Logits float32 [B, S, vocab] and the advanced cache.
+        """
+        segments = batch["segment_ids"]
+        write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
+        cache = cache | {"segment_ids": write(cache["segment_ids"], segments, starts)}
+        slots = starts[:, None] + jnp.arange(segments.shape[1])
+        mask = attention_mask(segments, cache["segment_ids"], slots, cache["segment_ids"].shape[1])
+        x, cache = self.decoder.hidden(self._embed(batch), mask, batch["positions"], cache, starts)
+        return self.decoder.logits(x), cache

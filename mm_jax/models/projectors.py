@@ -1,0 +1,104 @@
+"""Projectors: encoder features -> pseudo-tokens of the decoder's width. Peers behind one interface."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+
+from mm_jax.models.layers import ACTIVATIONS, MLP, Activation, Attention
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Which projector and its sizes.
+
+    Attributes:
+      kind: "linear", "mlp" (one hidden layer) or "resampler" (learned queries, cross-attention).
+      merge: linear and mlp first lay blocks of rows x columns neighbouring features side by side, so that a
+        grid of R x C features gives (R // rows) * (C // columns) tokens. An audio sequence is a grid T x 1.
+      hidden_dim: width of the hidden layer of the mlp and of the resampler's attention.
+      num_queries, num_heads: of the resampler; it gives num_queries tokens whatever the grid.
+    """
+
+    kind: Literal["linear", "mlp", "resampler"] = "mlp"
+    merge: tuple[int, int] = (1, 1)
+    hidden_dim: int = 256
+    num_queries: int = 16
+    num_heads: int = 4
+    activation: Activation = "gelu_tanh"
+
+    def num_tokens(self, grid: tuple[int, int]) -> int:
+        """Tokens that come out of a grid of (rows, columns) features."""
+        if self.kind == "resampler":
+            return self.num_queries
+        return (grid[0] // self.merge[0]) * (grid[1] // self.merge[1])
+
+
+def sincos_2d(grid: tuple[int, int], channels: int) -> np.ndarray:
+    """2-D sine-cosine table (He et al. 2022, MAE): float32 [rows * cols, channels], columns first half, rows second."""
+    frequencies = 10_000.0 ** (-np.arange(channels // 4) / (channels // 4))
+
+    def encode(index: np.ndarray) -> np.ndarray:
+        angles = index[:, None] * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, cols = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    return np.concatenate([encode(cols), encode(rows)], axis=1).astype(np.float32)
+
+
+class MLPProjector(nn.Module):
+    """Merge neighbours, normalise, then a linear map or a two-layer MLP (Liu et al. 2023, LLaVA-1.5; InternVL's mlp1)."""
+
+    config: ProjectorConfig
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, grid: tuple[int, int], mask: jax.Array | None = None) -> jax.Array:
+        """[N, rows * cols, C] -> [N, tokens, features]. `mask` is accepted for the common interface."""
+        c = self.config
+        x = rearrange(
+            x, "n (h a w b) c -> n (h w) (a b c)", h=grid[0] // c.merge[0], a=c.merge[0], b=c.merge[1],
+            w=grid[1] // c.merge[1],
+        )  # fmt: skip
+        x = nn.LayerNorm(1e-6, dtype=self.dtype, name="norm")(x)
+        if c.kind == "mlp":
+            x = ACTIVATIONS[c.activation](nn.Dense(c.hidden_dim, dtype=self.dtype, name="hidden")(x))
+        return nn.Dense(self.features, dtype=self.dtype, name="out")(x)
+
+
+class Resampler(nn.Module):
+    """Learned queries that read the features by cross-attention, then an MLP (Qwen-VL section 2.1; MiniCPM-V).
+
+    Keys carry 2-D sine-cosine positions, values do not, so a query can look for a place and bring what is there.
+    """
+
+    config: ProjectorConfig
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, grid: tuple[int, int], mask: jax.Array | None = None) -> jax.Array:
+        """[N, rows * cols, C], bool [N, rows * cols] (real features) -> [N, num_queries, features]."""
+        c = self.config
+        width = c.hidden_dim
+        x = nn.Dense(width, dtype=self.dtype, name="input")(x)
+        x = nn.LayerNorm(1e-6, dtype=self.dtype, name="input_norm")(x)
+        query = self.param("query", nn.initializers.normal(0.02), (c.num_queries, width))
+        query = repeat(query.astype(self.dtype), "q d -> n q d", n=x.shape[0])
+        places = jnp.asarray(sincos_2d(grid, width), self.dtype)
+        attend = Attention(c.num_heads, c.num_heads, width // c.num_heads, dtype=self.dtype, name="attention")
+        normed = nn.LayerNorm(1e-6, dtype=self.dtype, name="query_norm")(query)
+        mask = None if mask is None else mask[:, None, None, :]
+        y = query + attend(normed, context=x, mask=mask, key_places=places)[0]
+        mlp = MLP(2 * width, c.activation, dtype=self.dtype, name="mlp")
+        y = y + mlp(nn.LayerNorm(1e-6, dtype=self.dtype, name="mlp_norm")(y))
+        y = nn.LayerNorm(1e-6, dtype=self.dtype, name="out_norm")(y)
+        return nn.Dense(self.features, dtype=self.dtype, name="out")(y)
+
+
+PROJECTORS = {"linear": MLPProjector, "mlp": MLPProjector, "resampler": Resampler}
