@@ -1,10 +1,9 @@
 """The quickstart: encoders, language model, alignment, instruction tuning and DPO in minutes on two cores."""
 
 from mm_jax.data.audio import AudioRule
-from mm_jax.data.processor import ProcessorConfig, TargetRule
-
 from mm_jax.data.image import ImageRule
 from mm_jax.data.pipeline import BatchConfig
+from mm_jax.data.processor import ProcessorConfig, TargetRule
 from mm_jax.data.sources import SourceConfig
 from mm_jax.models import (
     AudioEncoderConfig,

@@ -124,8 +124,13 @@ class TrainData:
         }
         encoder = _Encode({name: sources[name] for name in drawn}, encode, batch)
         self._plan = _Plan(
-            _stream(drawn, lengths, seed, process, encoder), batch, layout, self.names, lengths, workers,
-            strict
+            _stream(drawn, lengths, seed, process, encoder),
+            batch,
+            layout,
+            self.names,
+            lengths,
+            workers,
+            strict,
         )
         self._state = {"next_index": 0, "rows": [], "drops": {}, "epochs": {}}
         self._background: Background | None = None
@@ -164,7 +169,7 @@ class TrainData:
         """
         for key, value in self._fingerprint.items():
             if key not in state or state[key] != value:
-                raise UserError(f'saved data state has {key} {state.get(key)}, this run has {value}')
+                raise UserError(f"saved data state has {key} {state.get(key)}, this run has {value}")
         self.close()
         self._state = {key: state[key] for key in ("next_index", "rows", "drops", "epochs")}
 
@@ -244,8 +249,9 @@ class _Encode:
     """Reads and encodes the sample at one position. Never raises, so that no worker ever stops in front of
     it."""
 
-    def __init__(self, sources: Mapping[str, Source], encode: Callable[[Conversation], Example], batch:
-    BatchConfig):
+    def __init__(
+        self, sources: Mapping[str, Source], encode: Callable[[Conversation], Example], batch: BatchConfig
+    ):
         self._sources = dict(sources)
         self._encode = encode
         self._batch = batch

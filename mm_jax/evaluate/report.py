@@ -128,9 +128,8 @@ def write_report(
         sections.append(f'<h2>{_text(task)}{right}</h2>\n<div class="cards">{body}</div>\n')
     curves, loss = run_dir / "loss.png", ""
     if curves.is_file():
-        loss = (
-            f'<h2>Loss</h2><div class="panel"><img alt="loss curves" src="{_png(curves.read_bytes())}"></div>'
-        )
+        shown = f'<img alt="loss curves" src="{_png(curves.read_bytes())}">'
+        loss = f'<h2>Loss</h2><div class="panel">{shown}</div>'
     name = scores.get("run", run_dir.name)
     key = (
         f'<span class="key" style="border-color:rgb{EXPECTED}"></span> expected box, '
@@ -149,8 +148,8 @@ and questions with pictures and clips set to zero. Chance: always the commonest 
 {loss}
 <h2>Questions</h2>
 <p class="note">The first questions of each task in the order of the data, right or wrong, then the first mistake
-after them if there is one. {key}. The heat map shows which parts of the picture the decoder attended to (mean over
-layers and heads) when it chose the first word of its answer; dark blue is least, yellow most.</p>
+after them if there is one. {key}. The heat map shows which parts of the picture the decoder attended to
+(mean over layers and heads) when it chose the first word of its answer; blue is least, yellow most.</p>
 {"".join(sections)}</main></body></html>
 """
     path = Path(out) if out else run_dir / "report.html"

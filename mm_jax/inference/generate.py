@@ -81,7 +81,7 @@ class Generator:
             raise UserError(f"max_new_tokens is {new}; at least 1 is needed")
         if prompt + new > self.max_length:
             raise UserError(
-                f"the prompt has {prompt} tokens and {new} new ones may follow: over the limit of {self.max_length}; "
+                f"the prompt has {prompt} tokens and {new} may follow: over the limit of {self.max_length}; "
                 "shorten the question, use fewer pictures or clips, or lower max_new_tokens"
             )
 

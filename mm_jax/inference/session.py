@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mm_jax.data.messages import Audio, Image, Message, Part, Text
+from mm_jax.data.messages import Audio, Box, Image, Message, Part, Text
 from mm_jax.errors import UserError
 from mm_jax.inference.batch import collate_prompts, tail_of
 from mm_jax.inference.generate import answer_ids
 from mm_jax.inference.sampling import Sampling
-from mm_jax.inference.text import TextStream
+from mm_jax.inference.text import TextStream, render
 
 if TYPE_CHECKING:
     from mm_jax.lm import LanguageModel
@@ -99,7 +99,7 @@ class ChatSession:
             if piece := stream.finish():
                 yield piece
         finally:
-            answer = lm.processor.parts(stream.ids, example.transforms)
+            answer = map(_repeatable, lm.processor.parts(stream.ids, example.transforms))
             self.messages = [*messages, Message("assistant", tuple(answer))]
         self._cache, self._media = state.cache, media
         # the last token was chosen but not read
@@ -107,6 +107,13 @@ class ChatSession:
 
     def _forget(self) -> None:
         self._cache, self._tokens, self._media = None, np.zeros(0, np.int32), []
+
+
+def _repeatable(part: Part) -> Part:
+    """A box without area, which no prompt may hold, as text; every other part as it is."""
+    if isinstance(part, Box) and not (part.box[0] < part.box[2] and part.box[1] < part.box[3]):
+        return Text(render([part]))
+    return part
 
 
 def _agreeing(a: np.ndarray, b: np.ndarray) -> int:

@@ -67,8 +67,9 @@ class Encode:
             tokens=tokens.astype(np.int32),
             loss_weights=(np.arange(length) % 2).astype(np.float32),
             segments=segments,
-            positions=np.concatenate([np.arange(media + text), np.arange(text if pair else
-            0)]).astype(np.int32),
+            positions=np.concatenate([np.arange(media + text), np.arange(text if pair else 0)]).astype(
+                np.int32
+            ),
             image_index=image_index,
             audio_index=audio_index,
             pixel_values=rng.normal(size=(images, 4, 5, 3)).astype(np.float32),
@@ -96,8 +97,9 @@ def example(tokens, *, images=0, audio=0, preference=-1, source="a", segments=No
         segments=segments,
         positions=(index - starts).astype(np.int32),
         image_index=np.where(index < images * 3, index, -1).astype(np.int32),
-        audio_index=np.where((index >= images * 3) & (index < media), index - images * 3,
-        -1).astype(np.int32),
+        audio_index=np.where((index >= images * 3) & (index < media), index - images * 3, -1).astype(
+            np.int32
+        ),
         pixel_values=np.full((images, 4, 5, 3), fill, np.float32),
         audio_values=np.full((audio, 6, 2), fill, np.float32),
         audio_frames=np.full(audio, 5, np.int32),

@@ -173,14 +173,17 @@ class SourcesProbe(tfds.core.GeneratorBasedBuilder):
             parts = [{"type": "image", "image": i} for i in range(k)]
             parts += [{"type": "audio", "audio": 0}] if k == 0 else []
             turns = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}, TURNS[1]]
-            yield k, {
-                "id": f"r{k}",
-                "conversation": json.dumps({"messages": turns}) if k < 2 else "not JSON",
-                "images": [png(8 + i) for i in range(k)],
-                "audio": [b"RIFF\xff\x00"] if k == 0 else [],
-                "picture": png(20),
-                "label": k % 2,
-            }
+            yield (
+                k,
+                {
+                    "id": f"r{k}",
+                    "conversation": json.dumps({"messages": turns}) if k < 2 else "not JSON",
+                    "images": [png(8 + i) for i in range(k)],
+                    "audio": [b"RIFF\xff\x00"] if k == 0 else [],
+                    "picture": png(20),
+                    "label": k % 2,
+                },
+            )
 
 
 def as_conversation(record):
@@ -239,5 +242,5 @@ def test_tfrecord_data_sets_are_refused(prepared, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     info = tmp_path / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match="stored as tfrecord.*file_format=\"array_record\""):
+    with pytest.raises(UserError, match='stored as tfrecord.*file_format="array_record"'):
         open_source("t", SourceConfig("tfds", str(tmp_path)))

@@ -117,6 +117,16 @@ def test_boxes_appear_whole_in_original_pixels(lm):
     assert np.abs(np.array(box) - [10, 6, 30, 18]).max() <= 2.5
 
 
+def test_a_box_without_area_does_not_end_the_chat(lm, monkeypatch):
+    session = lm.session()
+    empty = Box((3.0, 3.0, 3.0, 9.0))
+    monkeypatch.setattr(lm.processor, "parts", lambda ids, transforms=(): [empty])
+    session.ask(TURNS[0], max_new_tokens=3)
+    monkeypatch.undo()
+    assert session.messages[-1].parts == (Text("[3, 3, 3, 9]"),)
+    session.ask("and now", max_new_tokens=3)
+
+
 def test_render():
     assert render([Text("at"), Box((3.6, 8, 20, 40)), Text(" or"), Box((0, 0, 1, 1), 1)]) == (
         "at [4, 8, 20, 40] or [0, 0, 1, 1]"

@@ -8,8 +8,8 @@ import pytest
 
 from mm_jax.cli.main import main
 from mm_jax.errors import UserError
-from mm_jax.train.config import RunConfig, check_same_run, load_config, read_config, save_config
 from mm_jax.serialize import from_json, to_json
+from mm_jax.train.config import RunConfig, check_same_run, load_config, read_config, save_config
 
 
 def test_json_round_trip(config_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Packaging of mm_jax: `pip install .`, with extras for the quickstart data, tests and TensorBoard."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# The data set of the quickstart is made of real digits, charts and a speech synthesiser.
+QUICKSTART = ["scikit-learn>=1.4", "espeakng-loader>=0.2.4"]
+TENSORBOARD = ["tensorboardX>=2.6"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.16"]
+
+setup(
+    name="mm_jax",
+    version="0.1.0",
+    description="Multimodal large language models in JAX: train, evaluate and talk to them",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["mm_jax", "mm_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2,<0.13",  # 0.10.2 is the newest for Python 3.11; 0.12 was tried on Python 3.12
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8",
+        "importlib_resources>=6",  # etils, below tensorflow-datasets, imports it without asking for it
+        "einops>=0.8",
+        "tokenizers>=0.22",
+        "Pillow>=11",
+        "soundfile>=0.13",
+        "soxr>=0.5",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+        "tyro>=1.0",
+    ],
+    extras_require={
+        "quickstart": QUICKSTART,
+        "tensorboard": TENSORBOARD,
+        "test": QUICKSTART + TENSORBOARD + TEST,
+    },
+    entry_points={"console_scripts": ["mm-jax=mm_jax.cli.main:main"]},
+)
