@@ -108,7 +108,10 @@ class MultimodalLM(nn.Module):
         return jnp.concatenate(features, axis=1) if features else None
 
     def dense(self, batch: Batch) -> dict[str, jax.Array]:
-        """Logits of the dense targets: image_labels [B, N, P, L], image_boxes [B, N, P, 4, bins], audio_labels [B, M, T, L]."""
+        """Logits of the dense targets.
+
+        image_labels [B, N, P, L], image_boxes [B, N, P, 4, bins], audio_labels [B, M, T, L].
+        """
         rows = batch["tokens"].shape[0]
         outputs = {}
         if "pixel_values" in batch:

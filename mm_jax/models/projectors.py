@@ -51,7 +51,10 @@ def sincos_2d(grid: tuple[int, int], channels: int) -> np.ndarray:
 
 
 class MLPProjector(nn.Module):
-    """Merge neighbours, normalise, then a linear map or a two-layer MLP (Liu et al. 2023, LLaVA-1.5; InternVL's mlp1)."""
+    """Merge neighbours, normalise, then a linear map or a two-layer MLP.
+
+    Liu et al. 2023 (LLaVA-1.5); with the merge, the `mlp1` of InternVL.
+    """
 
     config: ProjectorConfig
     features: int
