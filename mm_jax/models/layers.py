@@ -10,6 +10,8 @@ from einops import rearrange
 
 from mm_jax.models.attention import attention, attention_weights
 
+UNROLLED_ON_CPU = 8  # layers
+
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -155,11 +157,17 @@ class EncoderBlock(nn.Module):
 
 
 def stack(block: type[nn.Module], length: int, *in_axes: object) -> type[nn.Module]:
-    """`block` repeated `length` times by scan: one compiled body, parameters with a leading [length] axis."""
+    """`block` repeated `length` times by scan: one compiled body, parameters with a leading [length] axis.
+
+    On the CPU a short stack is unrolled in the program: training steps of the quickstart take a sixth less time
+    when XLA need not carry every layer's activations through a loop.
+    """
+    unroll = length <= UNROLLED_ON_CPU and jax.default_backend() == "cpu"
     return nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=length,
+        unroll=length if unroll else 1,
     )
