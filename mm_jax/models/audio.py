@@ -59,8 +59,10 @@ class AudioEncoder(nn.Module):
         """
         c = self.config
         activate = ACTIVATIONS[c.activation]
-        x = activate(nn.Conv(c.embed_dim, (3,), padding=1, dtype=self.dtype, name="conv1")(audio_values))
-        x = jnp.where((jnp.arange(x.shape[1]) < audio_frames[:, None])[..., None], x, 0)
+        real = (jnp.arange(audio_values.shape[1]) < audio_frames[:, None])[..., None]
+        x = jnp.where(real, audio_values, 0)  # a convolution looks one frame past the end
+        x = activate(nn.Conv(c.embed_dim, (3,), padding=1, dtype=self.dtype, name="conv1")(x))
+        x = jnp.where(real, x, 0)
         x = activate(nn.Conv(c.embed_dim, (3,), (2,), padding=1, dtype=self.dtype, name="conv2")(x))
         x = x + jnp.asarray(sinusoids(x.shape[1], c.embed_dim), self.dtype)
         real = (jnp.arange(x.shape[1]) < ((audio_frames + 1) // 2)[:, None]).astype(jnp.int32)
