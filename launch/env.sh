@@ -95,6 +95,6 @@ install_packages() {
     "$uv" pip install --quiet --python "$python" -e "${root}[$1]"
   else
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
-    "$python" -m pip install --quiet --disable-pip-version-check -e "${root}[$1]"
+    "$python" -m pip install -qq --disable-pip-version-check -e "${root}[$1]"
   fi
 }

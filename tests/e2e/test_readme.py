@@ -1,0 +1,88 @@
+"""Every command and every program in README.md runs, and every file that it links to is there."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)([^\n]*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The lines of the bash blocks, one command each."""
+    blocks = [text.replace("\\\n", " ") for language, _, text in BLOCKS if language == "bash"]
+    return [
+        line for text in blocks for line in text.splitlines() if line.strip() and not line.startswith("#")
+    ]
+
+
+def test_links_lead_to_files() -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXT)
+    assert len(links) > 20
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if path and "://" not in link:
+            assert (ROOT / path).exists(), link
+        elif not path:
+            headings = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, link
+
+
+def test_fences_are_of_known_languages() -> None:
+    assert TEXT.count("```") == 2 * len(BLOCKS)
+    assert {language for language, _, _ in BLOCKS} == {"bash", "python", "json", "mermaid"}
+
+
+def test_every_command_of_the_package_has_an_example() -> None:
+    from mm_jax.cli.main import COMMANDS
+
+    shown = {line.split()[3] for line in commands() if line.startswith("python -m mm_jax ")}
+    assert shown == set(COMMANDS)
+
+
+@pytest.mark.slow
+def test_every_block_runs_in_order(workspace: Path, stub_uv: tuple[Path, dict[str, str]]) -> None:
+    _, environment = stub_uv
+    environment["PYTEST_ADDOPTS"] = (
+        "--collect-only -q -p no:cacheprovider"  # launch/test.sh must not run this again
+    )
+
+    def run(command: list[str], shown: str) -> None:
+        typed = "how many shapes are there?\nand circles?\n"  # what is asked where nothing is given
+        done = subprocess.run(
+            command, cwd=workspace, env=environment, input=typed, text=True, capture_output=True
+        )
+        said = f"{shown}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, said
+        assert "Traceback" not in done.stderr, said
+
+    ran = set()
+    for _, about, text in BLOCKS:
+        if found := re.search(r"file=(\S+)", about):
+            path = workspace / found[1]
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    for language, about, text in BLOCKS:
+        if language == "python" and "file=" not in about:
+            run(["python", "-c", text], text)
+        elif language == "bash":
+            for line in text.replace("\\\n", " ").splitlines():
+                run(shlex.split(line), line)
+                ran.add(line)
+    assert ran == {line for line in commands()}
+    left = set(os.listdir(workspace / "runs" / "quickstart"))
+    named = {
+        "checkpoints",
+        "scores.md",
+        "scores.json",
+        "answers.jsonl",
+        "loss.png",
+        "metrics.jsonl",
+        "tensorboard",
+    }
+    assert left >= named | {"report.html"}
