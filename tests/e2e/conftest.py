@@ -59,9 +59,10 @@ def stub_uv(tmp_path: Path) -> tuple[Path, dict[str, str]]:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The copy, with a few records of every data set that the quickstart names."""
-    from mm_jax.data.quickstart.builder import MODULES, MmJaxQuickstart, QuickstartConfig
+    from mm_jax.data.quickstart import prepare
+    from mm_jax.data.quickstart.builder import MODULES, MmJaxQuickstart
 
     root = tmp_path / "mm_jax"
     root.mkdir()
@@ -72,8 +73,8 @@ def workspace(tmp_path: Path) -> Path:
         (root / "configs" / path.name).write_text(path.read_text())
     quickstart = ROOT / "configs" / "quickstart.py"
     (root / "configs" / "quickstart.py").write_text(SHORT_CONFIG.format(path=str(quickstart)))
-    for kind in MODULES:
-        config = QuickstartConfig(name=kind, kind=kind, train=24, validation=6, test=6)
-        builder = MmJaxQuickstart(config=config, data_dir=str(root / "data"), file_format="array_record")
-        builder.download_and_prepare()
+    for config in MmJaxQuickstart.BUILDER_CONFIGS:
+        for split, size in (("train", 24), ("validation", 6), ("test", 6)):
+            monkeypatch.setattr(config, split, size)
+    prepare(MODULES, root / "data", processes=1)
     return root
