@@ -65,9 +65,9 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
 def train_flops(config: MultimodalConfig, work: Work, trainable: Iterable[str]) -> float:
     """FLOPs of one training step on `work` when the top-level parts `trainable` learn.
 
-    A part costs its forward pass once; as much again when a gradient flows through it to something trainable before
-    it, and as much again when its own weights learn. So the frozen towers of the align stage count once, its frozen
-    decoder twice, and a fully trained model three times.
+    A part costs its forward pass once; as much again when its own weights learn, and as much again when a gradient
+    flows through it, to something trainable before it or to its own first layers. So the frozen towers of the align
+    stage count once, its frozen decoder twice, and every part that learns three times.
     """
     trainable = set(trainable)
     before = {
@@ -79,5 +79,6 @@ def train_flops(config: MultimodalConfig, work: Work, trainable: Iterable[str]) 
     }
     forward = forward_flops(config, work)
     return sum(
-        flops * (1 + (part in trainable) + bool(before[part] & trainable)) for part, flops in forward.items()
+        flops * (1 + (part in trainable) + bool((before[part] | {part}) & trainable))
+        for part, flops in forward.items()
     )
