@@ -115,7 +115,11 @@ def _open_image(source, max_pixels: int) -> tuple[PIL.Image.Image, str]:
         try:
             image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
         except PIL.Image.DecompressionBombError as error:
-            raise MediaError(f"{name}: {str(error).split(' pixels')[0]} pixels)", "image_bomb") from None
+            pixels = (
+                str(error).partition("(")[2].partition(" ")[0]
+            )  # Pillow gives the size in its sentence only
+            text = f"{name}: {pixels} pixels, at most {max_pixels} are read"
+            raise MediaError(text, "image_bomb") from None
         except PIL.UnidentifiedImageError:
             raise MediaError(
                 f"{name}: not an image ({', '.join(_FORMATS)} are read)", "unreadable_image"
