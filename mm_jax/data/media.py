@@ -115,9 +115,8 @@ def _open_image(source, max_pixels: int) -> tuple[PIL.Image.Image, str]:
         try:
             image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
         except PIL.Image.DecompressionBombError as error:
-            pixels = (
-                str(error).partition("(")[2].partition(" ")[0]
-            )  # Pillow gives the size in its sentence only
+            # Pillow gives the size in its sentence only
+            pixels = str(error).partition("(")[2].partition(" ")[0]
             text = f"{name}: {pixels} pixels, at most {max_pixels} are read"
             raise MediaError(text, "image_bomb") from None
         except PIL.UnidentifiedImageError:
