@@ -47,13 +47,15 @@ setup_environment quickstart,tensorboard
 
 # Ctrl-C is for `train`, which saves and says so: an unfinished run is not scored.
 trap : INT
-said=$("$python" -m mm_jax "${train[@]}") || { status=$? && echo "$said" && exit "$status"; }
+said=$("$python" -m mm_jax "${train[@]}") || { status=$? && printf %s "$said" && exit "$status"; }
 trap - INT
+if [[ $said == *"stopped and saved"* ]]; then
+  printf 'stopped and saved; go on with:'
+  printf ' %q' bash launch/quickstart.sh --config "$config" --run "$run" ${overrides[@]+"${overrides[@]}"}
+  echo
+  exit
+fi
 echo "$said"
-case $said in *"stopped and saved"*)
-  echo "go on, and on to the scores, with: bash launch/quickstart.sh --config $config --run $run ${overrides[*]-}"
-  exit ;;
-esac
 
 "$python" -m mm_jax "${evaluate[@]}"
 "$python" -m mm_jax "${report[@]}" >/dev/null
