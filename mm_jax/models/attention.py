@@ -29,6 +29,18 @@ def attention_mask(
     return None if mask is None else mask[:, None]
 
 
+def window_mask(mask: jax.Array, query_slots: jax.Array, window: jax.Array) -> jax.Array:
+    """`mask` of causal attention, narrowed to the last `window` slots of each query, its own included.
+
+    Args:
+      mask: bool [B, 1, T, S].
+      query_slots: int32 [B or 1, T].
+      window: int32 []; 0 for no limit.
+    """
+    distance = query_slots[:, None, :, None] - jnp.arange(mask.shape[-1])
+    return mask & ((distance < window) | (window == 0))
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -6,7 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mm_jax.models.attention import window_mask
 from mm_jax.models.layers import MLP, Activation, Attention, stack
+from mm_jax.models.rotary import RopeScaling, Rotation, rotation
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,9 @@ class DecoderConfig:
       num_kv_heads: fewer than num_heads for grouped-query attention.
       tie_embeddings: read the logits off the embedding table instead of a separate head.
       qk_norm: RMS norm on query and key heads (Qwen3).
+      rope_scaling: how rotary frequencies are stretched for long texts.
+      qkv_bias: biases on query, key and value (Qwen2); out_bias, mlp_bias: on the other projections.
+      windows: for each layer, how many tokens back it looks, itself included; 0 for all. Empty: every layer sees all.
     """
 
     vocab_size: int = 1024
@@ -31,6 +36,11 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    windows: tuple[int, ...] = ()
 
 
 Cache = dict[str, jax.Array]
@@ -57,20 +67,24 @@ class DecoderBlock(nn.Module):
         self,
         x: jax.Array,
         cache: tuple[jax.Array, jax.Array] | None,
+        window: jax.Array | None,
         mask: jax.Array,
-        positions: jax.Array,
+        turned: Rotation,
+        slots: jax.Array,
         starts: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """[B, T, D] and this layer's cache -> the same, advanced."""
+        """[B, T, D] and this layer's cache and window -> [B, T, D] and the cache, advanced."""
         c = self.config
+        if window is not None:
+            mask = window_mask(mask, slots, window)
         attend = Attention(
-            c.num_heads, c.num_kv_heads, c.head_dim, use_bias=False, rope_theta=c.rope_theta, qk_norm=c.qk_norm,
-            norm_eps=c.norm_eps, dtype=self.dtype, name="attention",
+            c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_eps, self.dtype,
+            name="attention",
         )  # fmt: skip
         y = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="attention_norm")(x)
-        y, cache = attend(y, mask=mask, positions=positions, cache=cache, starts=starts)
+        y, cache = attend(y, mask=mask, turned=turned, cache=cache, starts=starts)
         x = x + y
-        mlp = MLP(c.mlp_dim, c.activation, gated=True, use_bias=False, dtype=self.dtype, name="mlp")
+        mlp = MLP(c.mlp_dim, c.activation, gated=True, use_bias=c.mlp_bias, dtype=self.dtype, name="mlp")
         return x + mlp(nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="mlp_norm")(x)), cache
 
 
@@ -84,9 +98,7 @@ class Decoder(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.embed_dim**-0.5)
         self.embedding = nn.Embed(c.vocab_size, c.embed_dim, dtype=self.dtype, embedding_init=init)
-        self.layers = stack(DecoderBlock, c.num_layers, 0, nn.broadcast, nn.broadcast, nn.broadcast)(
-            c, self.dtype
-        )
+        self.layers = stack(DecoderBlock, c.num_layers, 0, 0, *[nn.broadcast] * 4)(c, self.dtype)
         self.norm = nn.RMSNorm(c.norm_eps, dtype=self.dtype)
         if not c.tie_embeddings:
             self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
@@ -115,8 +127,12 @@ class Decoder(nn.Module):
         Returns:
           [B, T, D] and the advanced cache.
         """
+        c = self.config
         layers = None if cache is None else (cache["key"], cache["value"])
-        x, layers = self.layers(x, layers, mask, positions, starts)
+        windows = jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None
+        turned = rotation(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        slots = jnp.arange(x.shape[1])[None] + (0 if starts is None else starts[:, None])
+        x, layers = self.layers(x, layers, windows, mask, turned, slots, starts)
         if cache is not None:
             cache = cache | {"key": layers[0], "value": layers[1]}
         return self.norm(x), cache

@@ -44,9 +44,10 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
     if (v := config.vision) is not None:
         rows, cols = v.grid
         embed = 2 * rows * cols * 3 * v.patch_size**2 * v.embed_dim
-        flops["vision"] = work.images * (embed + blocks(v.embed_dim, v.num_layers, v.mlp_dim, rows * cols))
+        flops["vision"] = work.images * (embed + blocks(v.embed_dim, v.num_layers, v.mlp_dim, v.num_positions))
+        rows, cols = v.feature_grid
         flops["image_projector"] = work.images * projector(
-            "image_projector", v.embed_dim, rows * cols, config.image_tokens
+            "image_projector", v.feature_dim, rows * cols, config.image_tokens
         )
     if (a := config.audio) is not None:
         convs = 2 * 3 * a.embed_dim * (a.max_frames * a.num_mels + a.num_positions * a.embed_dim)

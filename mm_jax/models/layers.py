@@ -9,33 +9,27 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mm_jax.models.attention import attention, attention_weights
+from mm_jax.models.rotary import Rotation, rotate
 
 UNROLLED_ON_CPU = 8  # layers
 
-Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's
     "silu": nn.silu,
     "relu": nn.relu,
 }
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding in half-split form (Su et al. 2021; the layout of the Llama reference).
+def layer_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """Layer norm with the variance taken around the mean.
 
-    Args:
-      x: [B, T, N, H]; channel i of the first half of a head pairs with channel i of the second half.
-      positions: int32 [B, T].
-      theta: base of the frequencies, theta ** (-2 i / H).
+    Flax's default, mean(x^2) - mean(x)^2, loses digits on the large channels that trained towers have.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class Attention(nn.Module):
@@ -43,8 +37,8 @@ class Attention(nn.Module):
 
     Attributes:
       num_heads, num_kv_heads, head_dim: grouped-query attention when num_kv_heads < num_heads.
-      use_bias: biases on the query, key, value and out projections.
-      rope_theta: rotary base; None for no rotary positions.
+      use_bias: biases on the query, key and value projections.
+      out_bias: bias on the out projection; None for the same as use_bias.
       qk_norm: RMS norm on each query and key head before the rotation.
       dtype: compute dtype; parameters stay float32.
     """
@@ -53,7 +47,7 @@ class Attention(nn.Module):
     num_kv_heads: int
     head_dim: int
     use_bias: bool = True
-    rope_theta: float | None = None
+    out_bias: bool | None = None
     qk_norm: bool = False
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
@@ -64,7 +58,7 @@ class Attention(nn.Module):
         x: jax.Array,
         context: jax.Array | None = None,
         mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        turned: Rotation | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
         starts: jax.Array | None = None,
         key_places: jax.Array | None = None,
@@ -75,7 +69,7 @@ class Attention(nn.Module):
           x: [B, T, D].
           context: [B, S, C] to attend to; None for self-attention.
           mask: bool [B, 1, T, S] (S = cache length when a cache is given).
-          positions: int32 [B, T] for the rotary embedding.
+          turned: from `rotation`, for rotary positions.
           cache: keys and values [B, L, K, H] seen so far; the new ones are written at slots
             `starts[b] .. starts[b] + T - 1` and attention reads the whole cache.
           starts: int32 [B].
@@ -96,9 +90,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             query = nn.RMSNorm(self.norm_eps, dtype=self.dtype, name="query_norm")(query)
             key = nn.RMSNorm(self.norm_eps, dtype=self.dtype, name="key_norm")(key)
-        if self.rope_theta is not None:
-            query = rotate(query, positions, self.rope_theta)
-            key = rotate(key, positions, self.rope_theta)
+        if turned is not None:
+            query, key = rotate(query, turned), rotate(key, turned)
         if cache is not None:
             write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
             key = write(cache[0], key.astype(cache[0].dtype), starts)
@@ -107,7 +100,8 @@ class Attention(nn.Module):
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "attention_weights", attention_weights(query, key, mask))
         out = rearrange(attention(query, key, value, mask), "b t n h -> b t (n h)")
-        out = nn.Dense(x.shape[-1], use_bias=self.use_bias, dtype=self.dtype, name="out")(out)
+        out_bias = self.use_bias if self.out_bias is None else self.out_bias
+        out = nn.Dense(x.shape[-1], use_bias=out_bias, dtype=self.dtype, name="out")(out)
         return out, cache
 
 
@@ -134,26 +128,32 @@ class MLP(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer block with full attention, the block of ViT and Whisper encoders."""
+    """Pre-norm transformer block with full attention, the block of ViT and Whisper encoders.
+
+    Attributes:
+      collect: give the output a second time, for `nn.scan` to collect those of all layers.
+    """
 
     num_heads: int
     mlp_dim: int
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    collect: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
-        """[B, T, D], bool [B, 1, T, T] -> [B, T, D] and the None that `nn.scan` collects."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """[B, T, D], bool [B, 1, T, T] -> [B, T, D] and what `nn.scan` collects."""
 
         def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
+            return layer_norm(self.norm_eps, self.dtype, name)
 
         heads = self.num_heads
         attend = Attention(heads, heads, x.shape[-1] // heads, dtype=self.dtype, name="attention")
         x = x + attend(norm("attention_norm")(x), mask=mask)[0]
         mlp = MLP(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")
-        return x + mlp(norm("mlp_norm")(x)), None
+        x = x + mlp(norm("mlp_norm")(x))
+        return x, x if self.collect else None
 
 
 def stack(block: type[nn.Module], length: int, *in_axes: object) -> type[nn.Module]:

@@ -37,7 +37,7 @@ class MultimodalConfig:
     @property
     def image_tokens(self) -> int:
         """Pseudo-tokens of one image slot."""
-        return 0 if self.vision is None else self.image_projector.num_tokens(self.vision.grid)
+        return 0 if self.vision is None else self.image_projector.num_tokens(self.vision.feature_grid)
 
     @property
     def audio_tokens(self) -> int:
@@ -55,6 +55,18 @@ def splice(embeddings: jax.Array, features: jax.Array, media_index: jax.Array) -
     """
     taken = jnp.take_along_axis(features, jnp.maximum(media_index, 0)[..., None], axis=1)
     return jnp.where((media_index >= 0)[..., None], taken, embeddings)
+
+
+def dummy_batch(config: MultimodalConfig) -> dict[str, jax.Array]:
+    """A batch of one row with one slot of every medium, to initialise from."""
+    ones = jnp.ones((1, 8), jnp.int32)
+    batch = {"tokens": ones, "segment_ids": ones, "positions": ones, "media_index": -ones}
+    if (v := config.vision) is not None:
+        batch["pixel_values"] = jnp.zeros((1, 1, v.height, v.width, 3))
+    if (a := config.audio) is not None:
+        batch["audio_values"] = jnp.zeros((1, 1, a.max_frames, a.num_mels))
+        batch["audio_frames"] = jnp.full((1, 1), a.max_frames, jnp.int32)
+    return batch
 
 
 class MultimodalLM(nn.Module):
@@ -96,7 +108,8 @@ class MultimodalLM(nn.Module):
         features = []
         if "pixel_values" in batch:
             with jax.named_scope("image"):
-                projected = self.image_projector(self._image_features(batch), self.config.vision.grid)
+                grid = self.config.vision.feature_grid
+                projected = self.image_projector(self._image_features(batch), grid)
             features.append(rearrange(projected, "(b n) t d -> b (n t) d", b=rows))
         if "audio_values" in batch:
             with jax.named_scope("audio"):

@@ -22,6 +22,7 @@ class ProjectorConfig:
         grid of R x C features gives (R // rows) * (C // columns) tokens. An audio sequence is a grid T x 1.
       hidden_dim: width of the hidden layer of the mlp and of the resampler's attention.
       num_queries, num_heads: of the resampler; it gives num_queries tokens whatever the grid.
+      norm, use_bias: layer norm before, and biases on, the maps of linear and mlp.
     """
 
     kind: Literal["linear", "mlp", "resampler"] = "mlp"
@@ -30,6 +31,8 @@ class ProjectorConfig:
     num_queries: int = 16
     num_heads: int = 4
     activation: Activation = "gelu_tanh"
+    norm: bool = True
+    use_bias: bool = True
 
     def num_tokens(self, grid: tuple[int, int]) -> int:
         """Tokens that come out of a grid of (rows, columns) features."""
@@ -51,7 +54,7 @@ def sincos_2d(grid: tuple[int, int], channels: int) -> np.ndarray:
 
 
 class MLPProjector(nn.Module):
-    """Merge neighbours, normalise, then a linear map or a two-layer MLP.
+    """Merge neighbours, normalise if asked to, then a linear map or a two-layer MLP.
 
     Liu et al. 2023 (LLaVA-1.5); with the merge, the `mlp1` of InternVL.
     """
@@ -68,10 +71,12 @@ class MLPProjector(nn.Module):
             x, "n (h a w b) c -> n (h w) (a b c)", h=grid[0] // c.merge[0], a=c.merge[0], b=c.merge[1],
             w=grid[1] // c.merge[1],
         )  # fmt: skip
-        x = nn.LayerNorm(1e-6, dtype=self.dtype, name="norm")(x)
+        if c.norm:
+            x = nn.LayerNorm(1e-6, dtype=self.dtype, name="norm")(x)
         if c.kind == "mlp":
-            x = ACTIVATIONS[c.activation](nn.Dense(c.hidden_dim, dtype=self.dtype, name="hidden")(x))
-        return nn.Dense(self.features, dtype=self.dtype, name="out")(x)
+            hidden = nn.Dense(c.hidden_dim, use_bias=c.use_bias, dtype=self.dtype, name="hidden")
+            x = ACTIVATIONS[c.activation](hidden(x))
+        return nn.Dense(self.features, use_bias=c.use_bias, dtype=self.dtype, name="out")(x)
 
 
 class Resampler(nn.Module):

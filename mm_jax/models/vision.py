@@ -1,18 +1,28 @@
 """Image encoders."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 
-from mm_jax.models.layers import Activation, EncoderBlock, stack
+from mm_jax.models.layers import Activation, EncoderBlock, layer_norm, stack
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of a Vision Transformer; image sides are pixels and multiples of patch_size."""
+    """Sizes and options of a Vision Transformer; image sides are pixels and multiples of patch_size.
+
+    Attributes:
+      class_token: a learned token in front of the patches; "keep" gives it out as the first feature, "drop" does not.
+      patch_bias: bias on the patch embedding.
+      pre_norm: layer norm before the first block (CLIP).
+      post_norm: layer norm after the last block.
+      feature_layers: give out the hidden states after these blocks (0: before the first) side by side in the
+        channels, without post_norm, instead of those after the last block.
+    """
 
     height: int = 64
     width: int = 64
@@ -23,15 +33,35 @@ class ViTConfig:
     mlp_dim: int = 512
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
+    class_token: Literal["none", "drop", "keep"] = "none"
+    patch_bias: bool = True
+    pre_norm: bool = False
+    post_norm: bool = True
+    feature_layers: tuple[int, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.height // self.patch_size, self.width // self.patch_size
 
+    @property
+    def num_positions(self) -> int:
+        """Patches and class token."""
+        return self.grid[0] * self.grid[1] + (self.class_token != "none")
+
+    @property
+    def feature_grid(self) -> tuple[int, int]:
+        """Rows and columns of features that come out; a kept class token leaves no grid, but a sequence."""
+        return (self.num_positions, 1) if self.class_token == "keep" else self.grid
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of a feature."""
+        return self.embed_dim * (len(self.feature_layers) or 1)
+
 
 class VisionTransformer(nn.Module):
-    """ViT with learned positions and a final layer norm (Dosovitskiy et al. 2021; the shape of SigLIP's tower)."""
+    """ViT with learned positions (Dosovitskiy et al. 2021); with its options the towers of CLIP and SigLIP."""
 
     config: ViTConfig
     dtype: jnp.dtype = jnp.float32
@@ -44,14 +74,27 @@ class VisionTransformer(nn.Module):
           pixel_values: float [N, H, W, 3], normalised.
 
         Returns:
-          [N, rows * cols, embed_dim], one vector a patch, row by row.
+          [N, features, feature_dim], one vector a patch, row by row, after that of a kept class token.
         """
         c = self.config
         p = c.patch_size
         patches = rearrange(pixel_values, "n (h p) (w q) c -> n (h w) (p q c)", p=p, q=p)
-        x = nn.Dense(c.embed_dim, dtype=self.dtype, name="patch_embed")(patches)
+        x = nn.Dense(c.embed_dim, use_bias=c.patch_bias, dtype=self.dtype, name="patch_embed")(patches)
+        if c.class_token != "none":
+            token = self.param("class_token", nn.initializers.normal(0.02), (c.embed_dim,))
+            x = jnp.concatenate([repeat(token.astype(self.dtype), "d -> n 1 d", n=x.shape[0]), x], axis=1)
         positions = self.param("positions", nn.initializers.normal(0.02), (x.shape[1], c.embed_dim))
         x = x + positions.astype(self.dtype)
-        block = stack(EncoderBlock, c.num_layers, nn.broadcast)
-        x, _ = block(c.num_heads, c.mlp_dim, c.activation, c.norm_eps, self.dtype, name="layers")(x, None)
-        return nn.LayerNorm(c.norm_eps, dtype=self.dtype, name="norm")(x)
+        if c.pre_norm:
+            x = layer_norm(c.norm_eps, self.dtype, "pre_norm")(x)
+        several = bool(c.feature_layers)
+        block = stack(EncoderBlock, c.num_layers, nn.broadcast)(
+            c.num_heads, c.mlp_dim, c.activation, c.norm_eps, self.dtype, several, name="layers"
+        )
+        before = x
+        x, states = block(x, None)
+        if several:
+            x = jnp.concatenate([states[k - 1] if k else before for k in c.feature_layers], axis=-1)
+        elif c.post_norm:
+            x = layer_norm(c.norm_eps, self.dtype, "norm")(x)
+        return x[:, 1:] if c.class_token == "drop" else x

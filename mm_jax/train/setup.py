@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mm_jax.checkpoint.run import load_params
@@ -15,7 +14,7 @@ from mm_jax.data.messages import Conversation
 from mm_jax.data.processor import Processor, fit_processor
 from mm_jax.data.sources import Source, open_source
 from mm_jax.errors import UserError
-from mm_jax.models import MultimodalConfig, MultimodalLM
+from mm_jax.models import MultimodalConfig, MultimodalLM, dummy_batch
 from mm_jax.train.config import RunConfig, check_same_run, read_config, save_config
 
 
@@ -127,18 +126,6 @@ def check_model(config: RunConfig) -> None:
         if model.audio is not None:
             positions, given = rules.targets.audio_positions, model.audio.num_positions
             equal("processor.targets.audio_positions", positions, "the model's audio positions", given)
-
-
-def dummy_batch(model: MultimodalConfig) -> dict[str, jax.Array]:
-    """A batch of one row with one slot of every medium, to initialise from."""
-    ones = jnp.ones((1, 8), jnp.int32)
-    batch = {"tokens": ones, "segment_ids": ones, "positions": ones, "media_index": -ones}
-    if (v := model.vision) is not None:
-        batch["pixel_values"] = jnp.zeros((1, 1, v.height, v.width, 3))
-    if (a := model.audio) is not None:
-        batch["audio_values"] = jnp.zeros((1, 1, a.max_frames, a.num_mels))
-        batch["audio_frames"] = jnp.full((1, 1), a.max_frames, jnp.int32)
-    return batch
 
 
 def init_params(model: MultimodalConfig, seed: int) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""Rotary position embeddings and the ways to stretch them beyond the trained length."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Rotation = tuple[jax.Array, jax.Array]  # sines and cosines, float32 [B, T, 1, H / 2]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies of a rotary embedding are changed for longer texts.
+
+    Attributes:
+      kind: "linear" divides every frequency by `factor` (Chen et al. 2023). "dynamic" raises the base once a text is
+        longer than `original_length` (NTK-aware scaling). "llama3" divides the slow frequencies, keeps the fast ones
+        and blends between (Llama 3.1). "yarn" does so by the number of turns within `original_length`
+        (Peng et al. 2023).
+      factor: how many times longer texts may be.
+      original_length: tokens of the texts that the model was first trained on; unused by "linear".
+      low_factor, high_factor: of "llama3": wavelengths over original_length / low_factor are divided, those under
+        original_length / high_factor kept.
+      fast_turns, slow_turns: of "yarn": frequencies that turn more often than the first are kept, less often than the
+        second divided.
+      whole_channels: of "yarn": round the ends of the blend outwards to whole channels.
+      magnitude: of "yarn": factor on queries and keys.
+    """
+
+    kind: Literal["linear", "dynamic", "llama3", "yarn"]
+    factor: float
+    original_length: int = 0
+    low_factor: float = 1.0
+    high_factor: float = 4.0
+    fast_turns: float = 32.0
+    slow_turns: float = 1.0
+    whole_channels: bool = True
+    magnitude: float = 1.0
+
+
+def rotation(
+    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> Rotation:
+    """Sines and cosines of the angles position * frequency, with frequencies theta ** (-2 i / head_dim).
+
+    Args:
+      positions: int32 [B, T].
+      scaling: with kind "dynamic" the largest position of the whole batch decides, as in the reference.
+    """
+    frequencies = _frequencies(head_dim, theta)
+    magnitude = 1.0
+    if scaling is not None:
+        frequencies = _SCALED[scaling.kind](frequencies, head_dim, theta, scaling, positions)
+        magnitude = scaling.magnitude
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.sin(angles) * magnitude, jnp.cos(angles) * magnitude
+
+
+def rotate(x: jax.Array, turned: Rotation) -> jax.Array:
+    """Rotate heads in half-split form (Su et al. 2021; the layout of the Llama reference).
+
+    Args:
+      x: [B, T, N, H]; channel i of the first half of a head pairs with channel i of the second half.
+      turned: from `rotation`.
+    """
+    sin, cos = turned
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _frequencies(head_dim: int, theta: float) -> np.ndarray:
+    return (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+
+
+def _linear(frequencies, head_dim, theta, scaling, positions):
+    return frequencies / np.float32(scaling.factor)
+
+
+def _dynamic(frequencies, head_dim, theta, scaling, positions):
+    length = jnp.maximum(jnp.max(positions) + 1, scaling.original_length).astype(jnp.float32)
+    stretch = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+    # theta * stretch ** (d / (d - 2)) to the power of -2 i / d
+    return frequencies * stretch ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / (head_dim - 2))
+
+
+def _llama3(frequencies, head_dim, theta, scaling, positions):
+    turns = scaling.original_length * frequencies / (2 * np.pi)
+    keep = (turns - scaling.low_factor) / (scaling.high_factor - scaling.low_factor)
+    return _blend(frequencies, np.clip(keep, 0, 1), scaling.factor)
+
+
+def _yarn(frequencies, head_dim, theta, scaling, positions):
+    def channel(turns: float) -> float:
+        """The (fractional) channel that turns this often within the original length."""
+        return head_dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = channel(scaling.fast_turns), channel(scaling.slow_turns)
+    if scaling.whole_channels:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    ramp = (np.arange(head_dim // 2) - first) / max(last - first, 1e-3)
+    return _blend(frequencies, 1 - np.clip(ramp, 0, 1), scaling.factor)
+
+
+def _blend(frequencies: np.ndarray, keep: np.ndarray, factor: float) -> np.ndarray:
+    return (frequencies * keep + frequencies / factor * (1 - keep)).astype(np.float32)
+
+
+_SCALED = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
