@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 # The data set of the quickstart is made of real digits, charts and a speech synthesiser.
 QUICKSTART = ["scikit-learn>=1.4", "espeakng-loader>=0.2.4"]
 TENSORBOARD = ["tensorboardX>=2.6"]
+# The reference that the zoo is compared with; 2.13.0 and 5.24.0 were tried.
+PARITY = ["torch==2.13.0", "transformers>=5,<6", "safetensors>=0.5"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.16"]
 
 setup(
@@ -28,6 +30,7 @@ setup(
         "array_record>=0.8",
         "importlib_resources>=6",  # etils, below tensorflow-datasets, imports it without asking for it
         "einops>=0.8",
+        "ml_dtypes>=0.5",
         "tokenizers>=0.22",
         "Pillow>=11",
         "soundfile>=0.13",
@@ -39,7 +42,8 @@ setup(
     extras_require={
         "quickstart": QUICKSTART,
         "tensorboard": TENSORBOARD,
-        "test": QUICKSTART + TENSORBOARD + TEST,
+        "parity": PARITY,
+        "test": QUICKSTART + TENSORBOARD + PARITY + TEST,
     },
     entry_points={"console_scripts": ["mm-jax=mm_jax.cli.main:main"]},
 )

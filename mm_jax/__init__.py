@@ -11,7 +11,10 @@ from typing import Any
 
 _NAMES = {
     "load": "mm_jax.lm",
+    "save": "mm_jax.lm",
     "LanguageModel": "mm_jax.lm",
+    "Tower": "mm_jax.tower",
+    "families": "mm_jax.families",
     "Sampling": "mm_jax.inference.sampling",
     "Conversation": "mm_jax.data.messages",
     "Message": "mm_jax.data.messages",

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from mm_jax.checkpoint.hf import HFCheckpoint, is_hf, load_hf, save_hf
 from mm_jax.data.example import Example
 from mm_jax.data.media import decode_audio, decode_image
 from mm_jax.data.messages import Audio, Conversation, Image, Message, Part, Text, messages_from_json
 from mm_jax.data.packing import Layout
 from mm_jax.errors import UserError
+from mm_jax.inference.arrays import batch_of, layout_of
 from mm_jax.inference.batch import collate_prompts
 from mm_jax.inference.generate import Generator, answer_ids
 from mm_jax.inference.sampling import Sampling
 from mm_jax.inference.session import ChatSession
 from mm_jax.inference.text import render
 from mm_jax.models import MultimodalConfig, MultimodalLM
+from mm_jax.parallel.rules import Rules, place
+from mm_jax.tower import Tower
 
 if TYPE_CHECKING:
     from mm_jax.data.processor import Processor
@@ -36,18 +40,44 @@ class LanguageModel:
       config: sizes of the model.
       params: plain nested dict of arrays.
       processor: messages to arrays and back.
+      checkpoint: the Hugging Face checkpoint that it was loaded from, or None.
       generator: the compiled prefill and decode programs.
+
+    Args:
+      processor, checkpoint: one of the two is needed.
+      max_length: most tokens of prompt and answer together.
     """
 
-    family = "mm_jax"
-
     def __init__(
-        self, config: MultimodalConfig, params: Any, processor: Processor, *, max_length: int = 1024
+        self,
+        config: MultimodalConfig,
+        params: Any,
+        processor: Processor | None = None,
+        *,
+        checkpoint: HFCheckpoint | None = None,
+        max_length: int = 1024,
     ):
-        self.config, self.params, self.processor = config, params, processor
+        self.config, self.params, self.checkpoint = config, params, checkpoint
+        self._processor = processor
         self.model = MultimodalLM(config)
-        self.layout = Layout.of(processor)
-        self.generator = Generator(self.model, params, processor, max_length=max_length)
+        if checkpoint is None:
+            self.family = "mm_jax"
+            self.layout, stops = Layout.of(processor), processor.stop_ids
+        else:
+            self.family = checkpoint.family.name
+            stops = checkpoint.stop_ids
+            self.layout = layout_of(config, checkpoint.system.text.pad_id, stops)
+        self.generator = Generator(self.model, params, self.layout, stops, max_length=max_length)
+
+    @property
+    def processor(self) -> Processor:
+        """Raises UserError for a Hugging Face checkpoint: reading its tokenizer is not implemented yet."""
+        if self._processor is None:
+            raise UserError(
+                "chat with a Hugging Face checkpoint is not implemented yet: its tokenizer and template are not read; "
+                "use lm.batch(input_ids=..., attention_mask=..., pixel_values=...) and lm.generate(batch)"
+            )
+        return self._processor
 
     def prompt(self, messages: Messages) -> Example:
         """The tokens that ask for the next assistant message.
@@ -87,12 +117,16 @@ class LanguageModel:
         Args:
           messages: one conversation or a list of them: JSON objects of the OpenAI/transformers chat format or
             `Message`s. One that ends with a question is closed by the header of the answer.
-          arrays: instead of messages, a batch of arrays, checked and completed.
+          arrays: instead of messages, a batch of arrays, checked and completed; of a Hugging Face checkpoint,
+            those that its processor in transformers returns (see `mm_jax.inference.arrays.batch_of`).
 
         Returns:
-          numpy arrays of `mm_jax.data.example`, one conversation a row, right-padded to a listed length.
+          numpy arrays of `mm_jax.data.example`, one conversation a row; made of messages, right-padded to a
+          listed length.
         """
         if messages is None:
+            if self.checkpoint is not None and "tokens" not in arrays:
+                return batch_of(self.config, self.checkpoint.system.image_token_id, arrays)
             return self._complete(arrays)
         many = bool(len(messages)) and not isinstance(messages[0], dict | Message)
         rows = messages if many else [messages]
@@ -102,9 +136,7 @@ class LanguageModel:
         if "tokens" not in arrays:
             raise UserError("a batch of arrays needs at least tokens [B, S]")
         batch = {key: np.asarray(value) for key, value in arrays.items()}
-        segments = batch.setdefault(
-            "segment_ids", (batch["tokens"] != self.processor.pad_id).astype(np.int32)
-        )
+        segments = batch.setdefault("segment_ids", (batch["tokens"] != self.layout.pad_id).astype(np.int32))
         places = np.where(segments > 0, np.cumsum(segments > 0, axis=1) - 1, 0)
         batch.setdefault("positions", places.astype(np.int32))
         batch.setdefault("media_index", np.full(segments.shape, -1, np.int32))
@@ -229,16 +261,62 @@ class LanguageModel:
         return self._attention_program
 
 
-def load(path: str | Path, stage: str | None = None) -> LanguageModel:
-    """The model of a run directory, from its newest checkpoint or that of `stage`.
+def load(
+    path: str | Path,
+    stage: str | None = None,
+    *,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules = (),
+) -> LanguageModel | Tower:
+    """The model of a Hugging Face directory (one with a model_type in its config.json), or of a run.
 
-    Raises UserError: no run there, an unknown stage, or no finished checkpoint.
+    Args:
+      stage: of a run; its newest checkpoint without.
+      dtype: of a Hugging Face checkpoint's parameters and computation: "float32" or "bfloat16"; that of the file
+        without, but float16 is computed with in float32.
+      mesh, rules: where the parameters of a Hugging Face checkpoint go, see `mm_jax.parallel.rules.place`.
+
+    Returns:
+      A `LanguageModel`, or a `Tower` for the checkpoint of an encoder alone.
+
+    Raises UserError: no checkpoint there, an unknown stage, an unknown family, or tensors that do not fit.
     """
+    if is_hf(path):
+        if stage is not None:
+            raise UserError(f"{path} is a Hugging Face checkpoint and has no stages")
+        checkpoint, params = load_hf(path, dtype, None if mesh is None else place(mesh, rules))
+        system = checkpoint.system
+        if not isinstance(system.config, MultimodalConfig):
+            return Tower(checkpoint, params)
+        return LanguageModel(system.config, params, checkpoint=checkpoint, max_length=system.text.max_length)
+    if dtype is not None or mesh is not None:
+        raise UserError(f"{path} is no Hugging Face checkpoint; dtype and mesh are for those alone")
     from mm_jax.train.setup import read_run  # training code is not needed to use a model that is in memory
 
     config, processor, params = read_run(path, stage)
     longest = max(stage.batch.length for stage in config.stages.values())
     return LanguageModel(config.model, params, processor, max_length=max(1024, longest))
+
+
+def load_lm(path: str | Path, stage: str | None = None) -> LanguageModel:
+    """`load` for those who want answers. Raises UserError for the checkpoint of an encoder alone."""
+    lm = load(path, stage)
+    if not isinstance(lm, LanguageModel):
+        raise UserError(f"{path} holds an encoder alone ({lm.family}), and no language model")
+    return lm
+
+
+def save(lm: LanguageModel | Tower, directory: str | Path, format: str = "hf") -> None:
+    """Writes `lm.params` as a Hugging Face checkpoint that transformers loads.
+
+    Raises UserError for another format, and for a model that did not come from a Hugging Face checkpoint.
+    """
+    if format != "hf":
+        raise UserError(f'format is "{format}"; "hf" is the one that there is')
+    if lm.checkpoint is None:
+        raise UserError("this model belongs to no Hugging Face family, so it has no such checkpoint")
+    save_hf(directory, lm.checkpoint, lm.params)
 
 
 def user_message(question: str, images: Sequence[str] = (), audio: Sequence[str] = ()) -> Message:

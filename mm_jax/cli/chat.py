@@ -45,10 +45,10 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
 
     from mm_jax.inference.sampling import Sampling  # after --help: this imports jax
-    from mm_jax.lm import load
+    from mm_jax.lm import load_lm
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    chat = Chat(load(options.run, options.stage), sampling, options.max_new_tokens, options.draw)
+    chat = Chat(load_lm(options.run, options.stage), sampling, options.max_new_tokens, options.draw)
     for path in options.image:
         chat.attach("/image", path)
     for path in options.audio:

@@ -43,14 +43,14 @@ def main(argv: Sequence[str]) -> int:
             )
 
     from mm_jax.evaluate import metrics, runner  # after --help: this imports jax
-    from mm_jax.lm import load
+    from mm_jax.lm import load_lm
     from mm_jax.train.config import read_config
     from mm_jax.train.setup import enable_compilation_cache
 
     config = read_config(options.run)
     sources = held_out(config, options.split, options.sources, options.data)
     enable_compilation_cache()
-    lm = load(options.run, options.stage)
+    lm = load_lm(options.run, options.stage)
     questions = runner.read_questions(sources, options.limit)
     answers, blanked = runner.ask(
         lm, questions, rows=options.batch, max_new_tokens=options.max_new_tokens, blank=not options.no_blank
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def checkpoint_of(run: str, config: RunConfig, stage: str | None) -> dict:
-    """{"stage", "step"} of the checkpoint that `load` takes."""
+    """{"stage", "step"} of the checkpoint that `load_lm` takes."""
     from mm_jax.checkpoint.run import latest
 
     name, step = latest(run, list(config.stages), stage)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--batch is {options.batch}; at least 1 is needed")
 
     from mm_jax.inference.sampling import Sampling  # after --help: this imports jax
-    from mm_jax.lm import load, user_message
+    from mm_jax.lm import load_lm, user_message
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     if options.data:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         if not options.prompt.strip():
             raise UserError("the question is empty")
         prompts = [("", (user_message(options.prompt, options.image, options.audio),))]
-    lm = load(options.run, options.stage)
+    lm = load_lm(options.run, options.stage)
     try:
         out = open(options.out, "w", encoding="utf-8") if options.out else sys.stdout
     except OSError as error:

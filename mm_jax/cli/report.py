@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
     from mm_jax.cli.evaluate import held_out  # after --help: this imports jax
     from mm_jax.evaluate.report import read_answers, write_report
-    from mm_jax.lm import load
+    from mm_jax.lm import load_lm
     from mm_jax.train.config import read_config
     from mm_jax.train.setup import enable_compilation_cache
 
@@ -40,7 +40,11 @@ def main(argv: Sequence[str]) -> int:
     sources = held_out(config, scores.get("split", "test"), data=scores.get("data"))
     enable_compilation_cache()
     path = write_report(
-        options.run, load(options.run, scores.get("stage")), sources, samples=options.samples, out=options.out
+        options.run,
+        load_lm(options.run, scores.get("stage")),
+        sources,
+        samples=options.samples,
+        out=options.out,
     )
     print(path)
     return 0

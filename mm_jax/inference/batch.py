@@ -64,6 +64,16 @@ def collate_prompts(
     return {key: batch[key] for key in MODEL_KEYS if key in batch}
 
 
+TOKEN_KEYS = ("tokens", "segment_ids", "positions", "media_index")
+
+
+def left_aligned(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch with the padding of each row moved behind its tokens."""
+    order = np.argsort(np.asarray(batch["segment_ids"]) == 0, axis=1, kind="stable")
+    moved = {key: np.take_along_axis(np.asarray(batch[key]), order, 1) for key in TOKEN_KEYS if key in batch}
+    return {**batch, **moved}
+
+
 def pad_batch(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
     """A batch of one conversation a row with rows, length and media slots rounded up to listed sizes."""
     batch = {key: np.asarray(batch[key]) for key in MODEL_KEYS if key in batch}
@@ -76,8 +86,7 @@ def pad_batch(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, np.ndar
     fills = {"tokens": layout.pad_id, "media_index": -1}
     padded = {}
     for key, array in batch.items():
-        per_token = key in ("tokens", "segment_ids", "positions", "media_index")
-        second = length_bucket(length) if per_token else count_bucket(array.shape[1])
+        second = length_bucket(length) if key in TOKEN_KEYS else count_bucket(array.shape[1])
         widths = [(0, count_bucket(rows) - rows), (0, second - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
         padded[key] = np.pad(array, widths, constant_values=fills.get(key, 0))
     return padded

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,9 @@ import numpy as np
 
 from mm_jax.data.packing import Layout
 from mm_jax.errors import UserError
-from mm_jax.inference.batch import length_bucket, pad_batch
+from mm_jax.inference.batch import left_aligned, length_bucket, pad_batch
 from mm_jax.inference.sampling import Controls, Sampling, sample
 from mm_jax.models import MultimodalLM, init_cache
-
-if TYPE_CHECKING:
-    from mm_jax.data.processor import Processor
 
 Batch = dict[str, np.ndarray]
 
@@ -57,17 +55,26 @@ class Generator:
     Args:
       model: the module.
       params: its parameters.
-      processor: for stop ids, padding and media layout.
+      layout: padding and media slots.
+      stop_ids: the tokens that end an answer.
       max_length: most tokens of prompt and answer together.
 
     Attributes:
       traces: how often each program has been traced, by name: it stands still once everything is compiled.
     """
 
-    def __init__(self, model: MultimodalLM, params: Any, processor: Processor, *, max_length: int = 1024):
+    def __init__(
+        self,
+        model: MultimodalLM,
+        params: Any,
+        layout: Layout,
+        stop_ids: Sequence[int] = (),
+        *,
+        max_length: int = 1024,
+    ):
         self.model, self.params, self.max_length = model, params, max_length
-        self.layout = Layout.of(processor)
-        self.stop_ids = tuple(int(i) for i in processor.stop_ids)
+        self.layout = layout
+        self.stop_ids = tuple(int(i) for i in stop_ids)
         self.traces: Counter = Counter()
         self._prefill = jax.jit(
             partial(_prefill, self), static_argnames=("length",), donate_argnames=("cache",)
@@ -130,7 +137,7 @@ class Generator:
         ignore_eos: bool = False,
         cache_length: int = 0,
     ) -> np.ndarray:
-        """Answers of a batch of prompts, one conversation a row.
+        """Answers of a batch of prompts, one conversation a row, padded on either side.
 
         Returns:
           int32 [B, N]: the new ids, the stop id included, padding after it; N is the longest answer, or
@@ -141,7 +148,7 @@ class Generator:
         rows = len(batch["tokens"])
         lengths = np.asarray(batch["segment_ids"]).astype(bool).sum(axis=1)
         self.check_length(int(lengths.max(initial=0)), max_new_tokens)
-        batch = pad_batch(batch, self.layout)
+        batch = pad_batch(left_aligned(batch), self.layout)
         controls = (sampling or Sampling()).controls(len(batch["tokens"]), rows)
         state = self.prefill(
             batch, controls, new_tokens=max_new_tokens, cache_length=cache_length, ignore_eos=ignore_eos

@@ -93,8 +93,7 @@ def test_rows_stop_by_themselves(lm):
     """With another token declared the stop id, each row ends there and is padded; ignore_eos goes on."""
     free = lm.generate(lm.batch(PROMPTS), NEW, ignore_eos=True)
     stop = int(free[0, 3])
-    generator = type(lm.generator)(lm.model, lm.params, lm.processor, max_length=256)
-    generator.stop_ids = (stop,)
+    generator = type(lm.generator)(lm.model, lm.params, lm.layout, (stop,), max_length=256)
     ids = generator.generate(lm.batch(PROMPTS), NEW)
     longest = 0
     for row, whole in zip(ids, free, strict=True):

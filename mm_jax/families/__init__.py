@@ -1,0 +1,44 @@
+"""The systems whose Hugging Face checkpoints can be read and written: one file each, listed here.
+
+To add one, write a file with a `FAMILY` (see `mm_jax.families.family`):
+
+1. `DEFAULTS` of the reference's config class, and a function that reads its fields through `Fields`; a decoder or tower
+   also goes into `mm_jax.families.parts`, so that it can stand in any system.
+2. The table of weights, in the names that the reference's `save_pretrained` writes, and the renames that turn other
+   spellings into those. Where the shared modules lack something, they gain an option.
+3. A line in `FAMILIES`, and a case in `tests/parity`.
+"""
+
+import sys
+from types import ModuleType
+
+from mm_jax.families import llama, mistral, qwen2, qwen3
+from mm_jax.families.family import Family, System, Weight
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+}
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """The model types that can be loaded, and what each takes.
+
+    >>> families()["llama"]
+    ('text',)
+    """
+    return {name: family.takes for name, family in FAMILIES.items()}
+
+
+class _Package(ModuleType):
+    """`mm_jax.families` is this package, and `mm_jax.families()` the list of names."""
+
+    def __call__(self) -> dict[str, tuple[str, ...]]:
+        return families()
+
+
+sys.modules[__name__].__class__ = _Package
+
+__all__ = ["FAMILIES", "Family", "System", "Weight", "families"]

@@ -1,0 +1,84 @@
+"""Text decoders against transformers."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import mm_jax  # noqa: E402
+from tests.parity import theirs  # noqa: E402
+from tests.parity.checks import same_after_saving, same_greedy, same_logits  # noqa: E402
+
+AUTO = "AutoModelForCausalLM"
+ROPE = {"rope_theta": 5000.0}
+# within 64 positions of the tiny models the blends of llama3 and yarn must have channels on both sides
+CASES = {
+    "llama": ("Llama", {}),
+    "llama-full-heads": ("Llama", dict(num_key_value_heads=4, rms_norm_eps=1e-2, rope_parameters=ROPE)),
+    "llama-tied-biases": (
+        "Llama",
+        dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=16, hidden_act="gelu"),
+    ),
+    "llama-linear": ("Llama", dict(rope_parameters=ROPE | {"rope_type": "linear", "factor": 4.0})),
+    "llama-dynamic": (
+        "Llama",
+        dict(rope_parameters=ROPE | {"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=12),
+    ),
+    "llama-llama3": (
+        "Llama",
+        dict(
+            rope_parameters=ROPE
+            | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}
+        ),
+    ),
+    "llama-yarn": (
+        "Llama",
+        dict(rope_parameters=ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+    ),
+    "llama-yarn-options": (
+        "Llama",
+        dict(
+            rope_parameters=ROPE
+            | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0,
+               "beta_slow": 0.5, "truncate": False, "mscale": 1.2, "mscale_all_dim": 0.7}
+        ),
+    ),
+    "mistral": ("Mistral", dict(sliding_window=None)),
+    "mistral-window": ("Mistral", dict(sliding_window=5, head_dim=16, hidden_act="gelu_pytorch_tanh")),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": (
+        "Qwen2",
+        dict(use_sliding_window=True, sliding_window=4, max_window_layers=1, tie_word_embeddings=True),
+    ),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+    "qwen3-options": (
+        "Qwen3",
+        dict(head_dim=8, attention_bias=True, tie_word_embeddings=True, hidden_act="relu", use_sliding_window=True,
+             sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    ),
+}  # fmt: skip
+
+
+# what touches positions, masks or the cache
+GREEDY = ("llama", "llama-dynamic", "llama-yarn-options", "mistral-window", "qwen2-window", "qwen3")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_transformers(case, tmp_path):
+    """Logits with padding on either side, 16 greedy tokens, and the way back."""
+    name, options = CASES[case]
+    config = getattr(transformers, f"{name}Config")(**theirs.TEXT | options)
+    model = theirs.build(config, tmp_path / "in")
+    lm = mm_jax.load(tmp_path / "in")
+    assert lm.family == name.lower() and lm.config.dtype == "float32"
+    left, right = theirs.rows(97, pad_left=True), theirs.rows(97)
+    same_logits(model, lm, left)
+    same_logits(model, lm, right)
+    same_after_saving(model, lm, right, tmp_path / "out", AUTO)
+    if case in GREEDY:
+        lm.generator.max_length = 64  # the dynamic case is about texts over the config's length
+        same_greedy(model, lm, left)
+        ids = [lm.generate(lm.batch(**arrays), 16, ignore_eos=True) for arrays in (left, right)]
+        assert np.array_equal(*ids)
