@@ -1,0 +1,52 @@
+"""Vision towers against transformers."""
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import mm_jax  # noqa: E402
+from tests.parity import theirs  # noqa: E402
+
+CASES = {
+    "clip": ("CLIPVision", dict(image_size=28, patch_size=14, layer_norm_eps=1e-3)),
+    "clip-gelu": ("CLIPVision", dict(image_size=24, patch_size=8, hidden_act="gelu", num_attention_heads=2)),
+    "siglip": ("SiglipVision", dict(image_size=24, patch_size=8)),
+    "siglip-no-head": ("SiglipVision", dict(image_size=16, patch_size=8, vision_use_head=False)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_transformers(case, tmp_path):
+    """Features, tensors that we leave aside included on the way back, and both spellings of the names."""
+    name, options = CASES[case]
+    config = getattr(transformers, f"{name}Config")(**theirs.VISION | options)
+    model = theirs.build(config, tmp_path / "in", f"{name}Model")
+    size = options["image_size"]
+    pixels = np.random.default_rng(0).normal(size=(3, 3, size, size)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(pixels)).last_hidden_state.numpy()
+    for spelling in ("as saved", "as on the hub"):
+        if spelling == "as on the hub":
+            theirs.rename(tmp_path / "in", lambda tensor: f"vision_model.{tensor}")
+        tower = mm_jax.load(tmp_path / "in")
+        ours = np.asarray(jax.jit(tower.apply)(tower.params, tower.batch(pixel_values=pixels)))
+        assert 0.1 < expected.std() < 10
+        assert np.abs(ours - expected).max() <= 1e-4
+    mm_jax.save(tower, tmp_path / "out")
+    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    for key, value in model.state_dict().items():
+        assert value.equal(loaded.state_dict()[key]), key
+
+
+def test_a_wrong_picture(tmp_path):
+    config = transformers.CLIPVisionConfig(**theirs.VISION, image_size=28, patch_size=14)
+    theirs.build(config, tmp_path, "CLIPVisionModel")
+    tower = mm_jax.load(tmp_path)
+    with pytest.raises(mm_jax.UserError, match=r"\[1, 3, 14, 28\].*\[pictures, 3, 28, 28\]"):
+        tower.batch(pixel_values=np.zeros((1, 3, 14, 28), np.float32))
+    with pytest.raises(mm_jax.UserError, match="pixel_values alone, not input_ids"):
+        tower.batch(input_ids=np.zeros((1, 3), np.int32))
