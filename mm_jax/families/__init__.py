@@ -12,12 +12,13 @@ To add one, write a file with a `FAMILY` (see `mm_jax.families.family`):
 import sys
 from types import ModuleType
 
-from mm_jax.families import clip, llama, mistral, qwen2, qwen3, siglip
+from mm_jax.families import clip, llama, llava, mistral, qwen2, qwen3, siglip
 from mm_jax.families.family import Family, System, Weight
 
 FAMILIES: dict[str, Family] = {
     "clip_vision_model": clip.FAMILY,
     "llama": llama.FAMILY,
+    "llava": llava.FAMILY,
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
