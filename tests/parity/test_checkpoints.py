@@ -205,6 +205,26 @@ def test_saving_in_place(tiny):
     assert before.keys() == after.keys() and all(np.array_equal(before[k], after[k]) for k in before)
 
 
+def test_stops_where_the_reference_stops(tmp_path):
+    """At the tokens of generation_config.json, one row earlier than the other, with padding after it."""
+    model = llama(tmp_path)
+    rows = theirs.rows(97, pad_left=True)
+    free, _ = theirs.generate(model, rows)
+    stops = [int(free[0, 3]), int(free[1, 9])]
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": stops}))
+    edit(tmp_path, pad_token_id=1)
+    lm = mm_jax.load(tmp_path)
+    tensors = {name: torch.from_numpy(array) for name, array in rows.items()}
+    expected = model.generate(
+        **tensors, max_new_tokens=16, do_sample=False, eos_token_id=stops, pad_token_id=1
+    )
+    expected = expected[:, rows["input_ids"].shape[1] :].numpy()
+    ours = lm.generate(lm.batch(**rows), 16)
+    assert ours.shape[1] < 16 and 1 in ours
+    assert np.array_equal(ours, expected)
+
+
 MESH = """
 import sys, jax, numpy as np
 from jax.sharding import AxisType, PartitionSpec as P

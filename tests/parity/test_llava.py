@@ -72,6 +72,7 @@ def test_matches_transformers(case, tmp_path):
     same_logits(model, lm, right)
     same_logits(model, lm, left)
     same_logits(model, lm, prompts(each, ((), ())))
+    same_logits(model, lm, prompts(each, ((), (4, 2))))
     if case != "siglip-qwen2":
         same_greedy(model, lm, left)
     same_after_saving(model, lm, right, tmp_path / "out", KIND)
