@@ -87,8 +87,15 @@ def tiny(resampler: bool = False, vision: bool = True, audio: bool = True, seed:
 
 
 def random_params(config: MultimodalConfig, seed: int) -> dict:
-    """Freshly initialised, then scaled up: what a model attends to then changes what it says."""
+    """Freshly initialised, scaled up, no kernel zero: what a model attends to then changes what it says."""
     from mm_jax.train.setup import init_params
 
-    params = init_params(config, seed)
-    return jax.tree.map(lambda x: 1.5 * x if x.ndim > 1 else x, params)
+    random = np.random.default_rng(seed)
+
+    def draw(x: jax.Array) -> jax.Array:
+        if x.ndim < 2:
+            return x
+        # branches of a new model are closed, see mm_jax.models.layers
+        return 1.5 * (x if np.any(x) else random.normal(0, x.shape[-2] ** -0.5, x.shape).astype(np.float32))
+
+    return jax.tree.map(draw, init_params(config, seed))

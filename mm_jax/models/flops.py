@@ -44,7 +44,9 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
     if (v := config.vision) is not None:
         rows, cols = v.grid
         embed = 2 * rows * cols * 3 * v.patch_size**2 * v.embed_dim
-        flops["vision"] = work.images * (embed + blocks(v.embed_dim, v.num_layers, v.mlp_dim, v.num_positions))
+        flops["vision"] = work.images * (
+            embed + blocks(v.embed_dim, v.num_layers, v.mlp_dim, v.num_positions)
+        )
         rows, cols = v.feature_grid
         flops["image_projector"] = work.images * projector(
             "image_projector", v.feature_dim, rows * cols, config.image_tokens

@@ -6,12 +6,17 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from mm_jax.models.attention import attention, attention_weights
 from mm_jax.models.rotary import Rotation, rotate
 
 UNROLLED_ON_CPU = 8  # layers
+
+# What a branch adds to the residual stream starts at zero, so a new model begins as the identity and its first steps
+# do not drown the embeddings (Zhang et al. 2019, Fixup; the quickstart learns faster from it).
+OPEN, CLOSED = nn.initializers.lecun_normal(), nn.initializers.zeros_init()
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 
@@ -30,6 +35,18 @@ def layer_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
     Flax's default, mean(x^2) - mean(x)^2, loses digits on the large channels that trained towers have.
     """
     return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def sincos_2d(grid: tuple[int, int], channels: int) -> np.ndarray:
+    """2-D sine-cosine table (He et al. 2022, MAE): float32 [rows * cols, channels], columns first half, rows second."""
+    frequencies = 10_000.0 ** (-np.arange(channels // 4) / (channels // 4))
+
+    def encode(index: np.ndarray) -> np.ndarray:
+        angles = index[:, None] * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, cols = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    return np.concatenate([encode(cols), encode(rows)], axis=1).astype(np.float32)
 
 
 class Attention(nn.Module):
@@ -101,7 +118,8 @@ class Attention(nn.Module):
             self.sow("intermediates", "attention_weights", attention_weights(query, key, mask))
         out = rearrange(attention(query, key, value, mask), "b t n h -> b t (n h)")
         out_bias = self.use_bias if self.out_bias is None else self.out_bias
-        out = nn.Dense(x.shape[-1], use_bias=out_bias, dtype=self.dtype, name="out")(out)
+        close = nn.Dense(x.shape[-1], use_bias=out_bias, dtype=self.dtype, kernel_init=CLOSED, name="out")
+        out = close(out)
         return out, cache
 
 
@@ -118,13 +136,13 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
 
-        def dense(name: str, features: int) -> nn.Dense:
-            return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, name=name)
+        def dense(name: str, features: int, init: nn.initializers.Initializer = OPEN) -> nn.Dense:
+            return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name)
 
         hidden = dense("up", self.mlp_dim)(x)
         activate = ACTIVATIONS[self.activation]
         hidden = activate(dense("gate", self.mlp_dim)(x)) * hidden if self.gated else activate(hidden)
-        return dense("down", x.shape[-1])(hidden)
+        return dense("down", x.shape[-1], CLOSED)(hidden)
 
 
 class EncoderBlock(nn.Module):

@@ -6,10 +6,9 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange, repeat
 
-from mm_jax.models.layers import ACTIVATIONS, MLP, Activation, Attention
+from mm_jax.models.layers import ACTIVATIONS, MLP, Activation, Attention, sincos_2d
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,6 @@ class ProjectorConfig:
         if self.kind == "resampler":
             return self.num_queries
         return (grid[0] // self.merge[0]) * (grid[1] // self.merge[1])
-
-
-def sincos_2d(grid: tuple[int, int], channels: int) -> np.ndarray:
-    """2-D sine-cosine table (He et al. 2022, MAE): float32 [rows * cols, channels], columns first half, rows second."""
-    frequencies = 10_000.0 ** (-np.arange(channels // 4) / (channels // 4))
-
-    def encode(index: np.ndarray) -> np.ndarray:
-        angles = index[:, None] * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-    rows, cols = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    return np.concatenate([encode(cols), encode(rows)], axis=1).astype(np.float32)
 
 
 class MLPProjector(nn.Module):

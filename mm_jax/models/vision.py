@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from mm_jax.models.layers import Activation, EncoderBlock, layer_norm, stack
+from mm_jax.models.layers import Activation, EncoderBlock, layer_norm, sincos_2d, stack
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class ViTConfig:
       post_norm: layer norm after the last block.
       feature_layers: give out the hidden states after these blocks (0: before the first) side by side in the
         channels, without post_norm, instead of those after the last block.
+      stem: channels of 3x3 convolutions in front of the patches, each of which halves the picture; a small tower
+        learns shapes from far fewer pictures with them (Xiao et al. 2021, "Early convolutions").
+      position_init: the learned positions start as small noise or as 2-D sines and cosines, which tell
+        neighbours apart from the first step on.
     """
 
     height: int = 64
@@ -31,6 +35,8 @@ class ViTConfig:
     num_layers: int = 4
     num_heads: int = 4
     mlp_dim: int = 512
+    stem: tuple[int, ...] = ()
+    position_init: Literal["normal", "sincos"] = "normal"
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
     class_token: Literal["none", "drop", "keep"] = "none"
@@ -77,13 +83,17 @@ class VisionTransformer(nn.Module):
           [N, features, feature_dim], one vector a patch, row by row, after that of a kept class token.
         """
         c = self.config
-        p = c.patch_size
-        patches = rearrange(pixel_values, "n (h p) (w q) c -> n (h w) (p q c)", p=p, q=p)
+        x = pixel_values
+        for k, channels in enumerate(c.stem):
+            x = nn.Conv(channels, (3, 3), (2, 2), padding=1, dtype=self.dtype, name=f"stem_conv{k}")(x)
+            x = nn.relu(layer_norm(c.norm_eps, self.dtype, f"stem_norm{k}")(x))
+        p = c.patch_size // 2 ** len(c.stem)
+        patches = rearrange(x, "n (h p) (w q) c -> n (h w) (p q c)", p=p, q=p)
         x = nn.Dense(c.embed_dim, use_bias=c.patch_bias, dtype=self.dtype, name="patch_embed")(patches)
         if c.class_token != "none":
             token = self.param("class_token", nn.initializers.normal(0.02), (c.embed_dim,))
             x = jnp.concatenate([repeat(token.astype(self.dtype), "d -> n 1 d", n=x.shape[0]), x], axis=1)
-        positions = self.param("positions", nn.initializers.normal(0.02), (x.shape[1], c.embed_dim))
+        positions = self.param("positions", self._first_positions, (x.shape[1], c.embed_dim))
         x = x + positions.astype(self.dtype)
         if c.pre_norm:
             x = layer_norm(c.norm_eps, self.dtype, "pre_norm")(x)
@@ -98,3 +108,11 @@ class VisionTransformer(nn.Module):
         elif c.post_norm:
             x = layer_norm(c.norm_eps, self.dtype, "norm")(x)
         return x[:, 1:] if c.class_token == "drop" else x
+
+    def _first_positions(self, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """[class token and patches, embed_dim]; the class token has no place in the picture."""
+        c = self.config
+        if c.position_init == "normal":
+            return nn.initializers.normal(0.02)(key, shape)
+        table = jnp.asarray(sincos_2d(c.grid, c.embed_dim))
+        return jnp.pad(table, ((shape[0] - len(table), 0), (0, 0)))
