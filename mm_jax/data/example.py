@@ -10,6 +10,7 @@ windows a row, G preference pairs a row). The features of a row are laid out
     pixel_values        float32 [B, N, H, W, 3];  image_segment_ids int32 [B, N] (0: unused slot)
     audio_values        float32 [B, M, F, mels];  audio_frames, audio_segment_ids int32 [B, M] (0: unused)
     image_labels, image_boxes, audio_labels   the arrays of Example with leading [B]; dense stage only
+    names               int32 [B, S, NAMES]  what a media token shows, as token ids, -1 for none; naming stages only
     preference          int32 [B, G]     index of the pair or -1; preference stage only. Pair g of a row has
                                          the segments 2g + 1 (chosen) and 2g + 2 (rejected)
 """
@@ -45,6 +46,7 @@ class Example:
     image_labels: np.ndarray | None = None  # uint8 [n, rows * cols, L]
     image_boxes: np.ndarray | None = None  # int32 [n, rows * cols, 4], -1 where no region is
     audio_labels: np.ndarray | None = None  # uint8 [m, audio_positions, L]
+    names: np.ndarray | None = None  # int32 [T, NAMES], -1 for none
     source: str = ""
     id: str = ""
     preference: int = -1  # index of the pair, set by whoever numbers the pairs

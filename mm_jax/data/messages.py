@@ -44,7 +44,9 @@ class Text:
 class Region:
     """What is where, for the dense targets of encoder training; the decoder never sees it.
 
-    label: space separated label words, for example "red circle". box: (x0, y0, x1, y1) in pixels of the
+    label: space separated label words, for example "red circle". The name in a word stands behind its last
+    underscore ("digit_7" is called "7"); a word that begins with one ("_place_0", the first of a row) tells how the
+    picture is built and is no name. box: (x0, y0, x1, y1) in pixels of the
     original picture, or (start, end) in seconds of the original clip.
     """
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mm_jax.data.targets import NAMES
 from mm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Layout:
     image_size: (height, width); audio_size: (frames, mels).
     image_labels: (patches, label words) and audio_labels: (positions, label words) of the dense targets;
         None: the batch has none.
+    names: the batch has an array of that name.
     pad_id: token id of padding.
     """
 
@@ -63,13 +65,14 @@ class Layout:
     audio_size: tuple[int, int] = (0, 0)
     image_labels: tuple[int, int] | None = None
     audio_labels: tuple[int, int] | None = None
+    names: bool = False
     pad_id: int = 0
 
     @classmethod
-    def of(cls, processor: Any, *, targets: bool = False) -> Layout:
-        """The layout of what `Processor.example(..., targets=targets)` makes."""
+    def of(cls, processor: Any, *, targets: bool = False, names: bool = False) -> Layout:
+        """The layout of what `Processor.example(..., targets=targets, names=names)` makes."""
         config = processor.config
-        fields: dict[str, Any] = {"pad_id": processor.pad_id}
+        fields: dict[str, Any] = {"pad_id": processor.pad_id, "names": names}
         if config.image is not None:
             size = (config.image.height, config.image.width)
             fields |= {"image_tokens": config.image.num_tokens, "image_size": size}
@@ -208,6 +211,8 @@ def collate(
             row_arrays["segment_ids"][span] = example.segments + segment
             row_arrays["positions"][span] = example.positions
             row_arrays["sources"][span] = sources[example.source]
+            if layout.names:
+                row_arrays["names"][span] = example.names
             index = row_arrays["media_index"][span]
             if len(example.pixel_values):
                 offset = images * layout.image_tokens
@@ -237,6 +242,8 @@ def _empty(count: int, batch: BatchConfig, layout: Layout) -> dict[str, np.ndarr
         "sources": np.zeros(text, np.int32),
         "loss_weights": np.zeros(text, np.float32),
     }
+    if layout.names:
+        arrays["names"] = np.full((*text, NAMES), -1, np.int32)
     if batch.images:
         slots = (count, batch.images)
         arrays["pixel_values"] = np.zeros((*slots, *layout.image_size, 3), np.float32)

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from mm_jax.data.example import Example
 from mm_jax.data.image import ImageRule, Transform
 from mm_jax.data.media import MAX_PIXELS, MediaError, decode_audio, decode_image, image_size
 from mm_jax.data.messages import Audio, BadSample, Box, Conversation, Image, Message, Part, Text
-from mm_jax.data.targets import TargetRule
+from mm_jax.data.targets import CENTRE, NAMES, TargetRule, token_names
 from mm_jax.data.template import Span, Template
 from mm_jax.data.tokenizer import AUDIO, END, IMAGE, PAD, Tokenizer, train_tokenizer
 from mm_jax.errors import UserError
@@ -76,12 +77,18 @@ class Processor:
         return self.tokenizer.vocab_size
 
     def example(
-        self, conversation: Conversation, *, media: bool = True, text: bool = True, targets: bool = False
+        self,
+        conversation: Conversation,
+        *,
+        media: bool = True,
+        text: bool = True,
+        targets: bool = False,
+        names: bool = False,
     ) -> Example:
         """One training example. A conversation with `rejected` becomes a preference pair.
 
         media=False leaves pictures and clips out (language training); text=False keeps only their places
-        (dense training); targets adds the dense targets.
+        (dense training); targets adds the dense targets; names adds what each media token shows.
 
         In a preference pair segment 1 is the conversation and 2 the same with the rejected answer; only these
         two last answers are trainable, every token with weight 1, whatever answer_weight says.
@@ -107,7 +114,12 @@ class Processor:
             pair = conversation.rejected is not None
             sqrt = self.config.answer_weight == "sqrt" and not pair
             example = self._assemble(spans, decoded, sqrt, conversation.id, conversation.source)
-            return self._with_targets(example, conversation, decoded) if targets else example
+            if targets or names:
+                labelled = self._with_targets(example, conversation, decoded)
+                example = labelled if targets else example
+                if names:
+                    example = dataclasses.replace(example, names=self._names(labelled))
+            return example
 
     def prompt(self, messages: Conversation | Sequence[Message]) -> Example:
         """Everything up to and including the header of the answer to come; nothing is trainable.
@@ -312,6 +324,30 @@ class Processor:
             example, image_labels=image_labels, image_boxes=image_boxes, audio_labels=audio_labels
         )
 
+    def _names(self, labelled: Example) -> np.ndarray:
+        """int32 [T, NAMES]: the names of the labels behind each media token."""
+        found = np.full((labelled.length, NAMES), -1, np.int32)
+        rule = self.config.targets
+        parts = []
+        if labelled.num_images:
+            of_slots = token_names(labelled.image_labels, rule.image_grid, rule.image_block, self._label_ids)
+            parts.append((labelled.image_index, of_slots))
+        if labelled.num_audio:
+            positions, tokens = rule.audio_positions, self.config.audio.num_tokens
+            block = (positions // tokens, 1)
+            of_slots = token_names(labelled.audio_labels, (positions, 1), block, self._label_ids)
+            parts.append((labelled.audio_index, of_slots))
+        for index, of_slots in parts:
+            found[index >= 0] = of_slots.reshape(-1, NAMES)[index[index >= 0]]
+        return found
+
+    @cached_property
+    def _label_ids(self) -> np.ndarray:
+        """The first token of each label's name, -1 for a label that is none (see `Region`)."""
+        words = self.config.targets.labels
+        firsts = [-1 if w.startswith("_") else self.tokenizer.encode(w.rpartition("_")[2])[0] for w in words]
+        return np.array(firsts, np.int32)
+
 
 class _Named:
     """Puts the sample's id before what was wrong with it."""
@@ -374,6 +410,6 @@ def fit_processor(
                     words.update(region.label.split())
     targets = config.targets
     if not targets.labels:
-        targets = dataclasses.replace(targets, labels=tuple(sorted(words)))
+        targets = dataclasses.replace(targets, labels=tuple(sorted(words | {CENTRE} if words else words)))
     config = dataclasses.replace(config, targets=targets)
     return Processor(config, train_tokenizer(texts, vocab_size, config.box_bins))

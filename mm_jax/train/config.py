@@ -19,8 +19,11 @@ from mm_jax.serialize import first_difference, from_json, to_json
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; the learning rate rises linearly over `warmup_steps`, then falls by a cosine."""
+    """The learning rate rises linearly over `warmup_steps`, then falls by a cosine."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the matrices inside the model (Jordan et al. 2024; step sizes as in Liu
+    et al. 2025, Moonlight) and AdamW for the rest. Learns from fewer samples."""
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     final_fraction: float = 0.02
@@ -62,8 +65,11 @@ class Stage:
     """False drops images and audio from the samples: the language stage."""
     answer_weight: Literal["token", "sqrt"] = "sqrt"
     """Every answer token weighs 1, or 1/sqrt(answer length), so that long answers do not drown short ones."""
+    naming: float = 0.0
+    """next_token: weight of naming, at every picture and sound token, what the regions of the data say is there.
+    It brings the projected features to where the language model has its words. 0 for data without regions."""
     positive_weight: float = 4.0
-    """dense: weight of a present label against an absent one."""
+    """dense: weight of a position that has a label against one that has none."""
     beta: float = 0.1
     """preference: strength of the pull towards the reference model (DPO)."""
     preference: PreferenceConfig = PreferenceConfig()
@@ -180,6 +186,10 @@ def check(config: RunConfig) -> None:
             raise UserError(f"{where}.batch: rows and accumulate must be at least 1")
         if stage.loss == "preference" and stage.batch.pairs < 1:
             raise UserError(f"{where}.batch.pairs is 0: a preference stage needs pairs in every row")
+        if stage.naming < 0 or (stage.naming and (stage.loss != "next_token" or not stage.media)):
+            raise UserError(
+                f"{where}.naming is {stage.naming}: only a next_token stage with media can name them"
+            )
         if stage.optimizer.learning_rate <= 0:
             raise UserError(f"{where}.optimizer.learning_rate is {stage.optimizer.learning_rate}")
     if config.checkpoint.keep_last < 1:

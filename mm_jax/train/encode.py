@@ -20,13 +20,16 @@ class Encode:
     media: bool
     text: bool
     targets: bool
+    names: bool
 
     @classmethod
     def of(cls, processor: Processor, stage: "Stage") -> "Encode":
         """The encoding of a stage: a dense stage needs targets and no text."""
         config = dataclasses.replace(processor.config, answer_weight=stage.answer_weight)
         dense = stage.loss == "dense"
-        return cls(Processor(config, processor.tokenizer), stage.media, not dense, dense)
+        return cls(Processor(config, processor.tokenizer), stage.media, not dense, dense, stage.naming > 0)
 
     def __call__(self, conversation: Conversation) -> Example:
-        return self.processor.example(conversation, media=self.media, text=self.text, targets=self.targets)
+        return self.processor.example(
+            conversation, media=self.media, text=self.text, targets=self.targets, names=self.names
+        )

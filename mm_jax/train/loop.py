@@ -77,7 +77,7 @@ class _StageRun:
         encode = Encode.of(setup.processor, self.stage)
         self.data = TrainData(
             {name: sources[name] for name in mixture}, mixture, self.stage.batch,
-            encode, Layout.of(encode.processor, targets=encode.targets),
+            encode, Layout.of(encode.processor, targets=encode.targets, names=encode.names),
             seed=self.config.seed * 1000 + list(self.config.stages).index(name), workers=self.config.workers,
             process=(jax.process_index(), jax.process_count()), strict=self.config.strict,
         )  # fmt: skip
@@ -218,4 +218,4 @@ def stage_loss(stage: Stage, sources: tuple[str, ...]) -> losses.Loss:
         return losses.dense(stage.positive_weight)
     if stage.loss == "preference":
         return losses.preference(stage.beta)
-    return losses.next_token(sources)
+    return losses.next_token(sources, stage.naming)

@@ -46,33 +46,51 @@ def token_log_probs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ja
     return gold - total, gold >= top
 
 
-def next_token(sources: tuple[str, ...]) -> Loss:
+def next_token(sources: tuple[str, ...], naming: float = 0.0) -> Loss:
     """Cross-entropy of the answer tokens, weighted by `loss_weights` and normalised by their sum.
 
-    `sources` are the names behind batch["sources"], for the per-source losses among the metrics.
+    `sources` are the names behind batch["sources"], for the per-source losses among the metrics. With `naming`
+    above 0 a second term asks the logits at each media token for batch["names"], several with equal shares.
     """
 
     def denominators(batch: Batch) -> Sums:
-        return {"loss": next_token_weights(batch).sum()}
+        sums = {"loss": next_token_weights(batch).sum()}
+        return sums | {"names": (batch["names"][..., 0] >= 0).sum() / naming} if naming else sums
 
     def numerators(apply: Apply, params: Any, batch: Batch) -> tuple[Sums, Sums]:
         weights = next_token_weights(batch)
-        log_probs, right = token_log_probs(apply(params, batch), batch["tokens"])
+        logits = apply(params, batch)
+        log_probs, right = token_log_probs(logits, batch["tokens"])
         losses = -log_probs * weights
         metrics = {"token_accuracy": jnp.stack([(right * weights).sum(), weights.sum()])}
         for index, name in enumerate(sources):
             mine = batch["sources"][:, 1:] == index
             metrics[f"loss/{name}"] = jnp.stack([(losses * mine).sum(), (weights * mine).sum()])
-        return {"loss": losses.sum()}, metrics
+        sums = {"loss": losses.sum()}
+        if naming:
+            sums["names"] = _naming(logits, batch["names"])
+            metrics["loss/names"] = jnp.stack([sums["names"], (batch["names"][..., 0] >= 0).sum()])
+        return sums, metrics
 
     return Loss(denominators, numerators)
+
+
+def _naming(logits: jax.Array, names: jax.Array) -> jax.Array:
+    """Summed cross-entropy of [B, S, V] against the token ids [B, S, K] that share each position."""
+    used = names >= 0
+    picked = jnp.take_along_axis(logits, jnp.maximum(names, 0), axis=-1) - jax.nn.logsumexp(
+        logits, axis=-1, keepdims=True
+    )
+    share = used / jnp.maximum(used.sum(-1, keepdims=True), 1)
+    return -(share * picked).sum()
 
 
 def dense(positive_weight: float) -> Loss:
     """Per-position targets for the encoders: labels of patches and audio frames, boxes of patches.
 
-    Labels: binary cross-entropy summed over labels, averaged over the positions in use; a present label
-    weighs `positive_weight`. Boxes: cross-entropy over bins, averaged over coordinates that have a target
+    Labels: cross-entropy over the label words and "nothing" (a logit of 0), averaged over the positions in use.
+    Where several words are right ("red circle") each gets an equal share; a position with a label weighs
+    `positive_weight`, one without 1. Boxes: cross-entropy over bins, averaged over coordinates that have a target
     (>= 0). Positions in use: all those of an image slot in use; those that audio frames reach.
     """
 
@@ -161,9 +179,12 @@ def _labels(
     logits: jax.Array, labels: jax.Array, positive_weight: float
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
     labels = labels.astype(jnp.float32)
-    present = -jax.nn.log_sigmoid(logits) * labels * positive_weight
-    absent = -jax.nn.log_sigmoid(-logits) * (1 - labels)
+    count = labels.sum(-1, keepdims=True)
+    targets = jnp.concatenate([labels / jnp.maximum(count, 1), count == 0], axis=-1)
+    nothing = jnp.zeros_like(logits[..., :1])
+    log_probs = jax.nn.log_softmax(jnp.concatenate([logits, nothing], axis=-1))
+    losses = -(targets * log_probs).sum(-1) * jnp.where(count[..., 0] > 0, positive_weight, 1.0)
     said = (logits > 0).astype(jnp.float32)
     both = (said * labels).sum(-1)
     found = {"recall": (both, labels.sum(-1)), "precision": (both, said.sum(-1))}
-    return (present + absent).sum(-1), found
+    return losses, found

@@ -1,13 +1,15 @@
-"""AdamW with warm-up, cosine decay, clipping and a weight-decay mask; it only sees the trainable part."""
+"""AdamW or Muon with warm-up, cosine decay, clipping and a weight-decay mask; only sees the trainable part."""
 
 from typing import Any
 
 import jax
 import optax
+import optax.contrib
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mm_jax.train.config import OptimizerConfig
 
+ENDS = ("patch_embed", "conv1", "conv2", "heads", "head")
 NO_DECAY = ("norm", "bias", "scale", "embedding", "position", "queries")
 
 
@@ -34,16 +36,40 @@ def decay_mask(params: dict[str, Any]) -> dict[str, Any]:
     return unflatten_dict(decays, sep="/")
 
 
+def hidden_matrices(params: dict[str, Any]) -> dict[str, Any]:
+    """Which axes of a parameter are a matrix for Muon, None where AdamW applies.
+
+    Kernels [in, out] and stacks of them [layers, in, out], but not those at either end of the model: patches and
+    frames come in, logits go out.
+    """
+
+    def axes(path: str, x: jax.Array | optax.MaskedNode) -> optax.contrib.MuonDimensionNumbers | None:
+        at_an_end = any(part in ENDS for part in path.split("/"))
+        if at_an_end or not path.endswith("kernel") or isinstance(x, optax.MaskedNode) or x.ndim > 3:
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=x.ndim - 2, output_axis=x.ndim - 1)
+
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict({path: axes(path, x) for path, x in flat.items()}, sep="/")
+
+
 def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The transformation of one stage; `init` takes the trainable params only."""
-    adamw = optax.adamw(
-        schedule(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    rates = schedule(config, steps)
+    if config.kind == "muon":
+        update = optax.contrib.muon(
+            rates,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            muon_weight_dimension_numbers=hidden_matrices,
+            consistent_rms=0.2,  # steps as large as AdamW's, so one learning rate serves both
+        )
+    else:
+        update = optax.adamw(
+            rates, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=decay_mask
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
 def tree_bytes(tree: Any) -> int:

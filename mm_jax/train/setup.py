@@ -116,9 +116,11 @@ def check_model(config: RunConfig) -> None:
             raise UserError(f"stages.{name}.batch.images is {stage.batch.images}, but model.vision is None")
         if stage.batch.audio and model.audio is None:
             raise UserError(f"stages.{name}.batch.audio is {stage.batch.audio}, but model.audio is None")
-        if stage.loss != "dense":
+        if stage.naming:
+            check_naming(name, config)
+        elif stage.loss != "dense":
             continue
-        if model.heads is None:
+        elif model.heads is None:
             raise UserError(f'stages.{name}.loss is "dense", but model.heads is None')
         if model.vision is not None:
             grid = rules.targets.image_grid
@@ -126,6 +128,22 @@ def check_model(config: RunConfig) -> None:
         if model.audio is not None:
             positions, given = rules.targets.audio_positions, model.audio.num_positions
             equal("processor.targets.audio_positions", positions, "the model's audio positions", given)
+
+
+def check_naming(name: str, config: RunConfig) -> None:
+    """Raises UserError where the media tokens of a naming stage do not stand for blocks of patches or frames."""
+    model, rules = config.model, config.processor
+    for encoder, projector in (("vision", "image_projector"), ("audio", "audio_projector")):
+        if getattr(model, encoder) is not None and getattr(model, projector).kind == "resampler":
+            raise UserError(
+                f"stages.{name}.naming needs media tokens with a place, and model.{projector} is a resampler"
+            )
+    merge, block = tuple(model.image_projector.merge), tuple(rules.targets.image_block)
+    if model.vision is not None and merge != block:
+        raise UserError(
+            f"processor.targets.image_block is {block}, but model.image_projector.merge is {merge}: they must be "
+            f"equal for stages.{name}.naming"
+        )
 
 
 def init_params(model: MultimodalConfig, seed: int) -> dict[str, Any]:

@@ -141,6 +141,24 @@ def test_dense_training_keeps_only_media(processor):
     assert example.audio_labels.shape == (2, 4, 3)
 
 
+def test_names_of_media_tokens(processor):
+    """The first token of a label's name at every token whose patches or frames carry the label."""
+    config = dataclasses.replace(
+        CONFIG, targets=dataclasses.replace(processor.config.targets, image_block=(2, 1))
+    )
+    conversation = talk(user(WIDE, WORD, "a"), assistant("b"))
+    example = Processor(config, processor.tokenizer).example(conversation, names=True)
+    red, circle, one = (processor.tokenizer.encode(word)[0] for word in ("red", "circle", "one"))
+    said = {k: {int(i) for i in row if i >= 0} for k, row in enumerate(example.names)}
+    # The picture is padded above and below and the circle is its left half: of two tokens, each a column of patches,
+    # the first shows it. The word of 0.1 s fills the first of the windows of 0.16 s for the most part.
+    image, audio = np.flatnonzero(example.image_index >= 0), np.flatnonzero(example.audio_index >= 0)
+    assert [said[k] for k in image] == [{red, circle}, set()]
+    assert [said[k] for k in audio] == [{one}, {one}, set(), set()]
+    assert not any(said[k] for k in said if k not in {*image, *audio})
+    assert example.image_labels is None
+
+
 def test_preference_pairs_share_their_media(processor):
     conversation = talk(user(WIDE, "a"), assistant("b"), user("c"), assistant("yes"), rejected=(Text("a"),))
     config = dataclasses.replace(processor.config, answer_weight="sqrt")

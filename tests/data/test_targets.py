@@ -5,7 +5,7 @@ import pytest
 
 from mm_jax.data.image import ImageRule
 from mm_jax.data.messages import Region
-from mm_jax.data.targets import TargetRule
+from mm_jax.data.targets import CENTRE, NAMES, TargetRule, token_names
 from mm_jax.errors import UserError
 
 RULE = TargetRule(labels=("blue", "circle", "red"), box_bins=8, image_grid=(4, 4), audio_positions=10)
@@ -85,3 +85,22 @@ def test_nothing_there():
 def test_bad_rule():
     with pytest.raises(UserError, match="at least 1"):
         TargetRule(image_grid=(0, 4))
+
+
+def test_the_middle_patch_of_a_region_carries_the_centre():
+    rule = TargetRule(labels=(CENTRE, "red"), box_bins=8, image_grid=(4, 4))
+    regions = [Region("red", (0, 0, 64, 32)), Region("red", (60, 60, 64, 64))]
+    labels = rule.image(regions, SAME)[0].reshape(4, 4, 2)
+    assert np.argwhere(labels[..., 0]).tolist() == [[1, 2], [3, 3]]
+    assert labels[..., 1].sum() == 9
+
+
+def test_token_names_by_example():
+    """Two rows of two patches, a token for each column; label 1 is no name, labels 0 and 2 are ids 7 and 9."""
+    labels = np.array([[[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0]]], np.uint8)
+    ids = np.array([7, -1, 9], np.int32)
+    rest = [-1] * (NAMES - 2)
+    columns = token_names(labels, (2, 2), (2, 1), ids)
+    assert columns.tolist() == [[[7, 9, *rest], [-1, -1, *rest]]]
+    patches = token_names(labels, (2, 2), (1, 1), ids)
+    assert patches[0, :, :2].tolist() == [[7, -1], [-1, -1], [9, -1], [-1, -1]]

@@ -27,6 +27,7 @@ ROOT = "{root}"
 def get_config():
     media = BatchConfig(rows=2, length=96, images=4, audio=2, bins=4)
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=2)
+    muon = OptimizerConfig("muon", learning_rate=1e-3, warmup_steps=2)
     sources = {{name: SourceConfig("chat", f"{{ROOT}}/{{name}}.jsonl") for name in ("pictures", "sounds")}}
     everything = {{"pictures": 2.0, "sounds": 1.0}}
     return RunConfig(
@@ -44,7 +45,7 @@ def get_config():
         processor=ProcessorConfig(
             image=ImageRule(height=16, width=16, num_tokens=2),
             audio=AudioRule(max_frames=16, num_tokens=2, frames_per_token=8),
-            targets=TargetRule(box_bins=8, image_grid=(2, 2), audio_positions=8),
+            targets=TargetRule(box_bins=8, image_grid=(2, 2), image_block=(2, 1), audio_positions=8),
             box_bins=8,
         ),
         vocab_size=320,
@@ -59,7 +60,8 @@ def get_config():
                 batch=BatchConfig(rows=2, length=96, bins=4),
             ),
             "align": Stage(
-                steps=4, mixture=everything, trainable=(".*_projector",), batch=media, optimizer=optimizer
+                steps=4, mixture=everything, trainable=(".*_projector",), batch=media, optimizer=muon,
+                naming=1.0,
             ),
             "prefer": Stage(
                 steps=4, mixture={{"pictures": 1.0}}, trainable=(".*_projector", "decoder"),

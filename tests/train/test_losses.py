@@ -44,6 +44,19 @@ def test_next_token_pairs_a_token_with_the_logits_before_it_and_never_crosses_se
     np.testing.assert_allclose(metrics["token_accuracy"], [1.5, 3.5])
 
 
+def test_naming_asks_the_logits_at_media_tokens_for_what_they_show() -> None:
+    """Position 3 may be called 0 or 2 (p = 0.25 each), position 4 is a 2 (p = 0.6); weight 0.5 of their mean."""
+    names = np.full((1, 6, 3), -1, np.int32)
+    names[0, 3], names[0, 4] = [0, 2, -1], [2, -1, -1]
+    batch = text_batch() | {"names": jnp.asarray(names)}
+    apply = lambda params, batch: jnp.asarray(LOGITS)  # noqa: E731
+    found, metrics = value(losses.next_token(("a", "b"), naming=0.5), apply, batch)
+    plain, _ = value(losses.next_token(("a", "b")), apply, batch)
+    term = -(np.log(0.25) + np.log(0.6)) / 2
+    assert found == pytest.approx(plain + 0.5 * term, rel=1e-6)
+    np.testing.assert_allclose(metrics["loss/names"], [2 * term, 2], rtol=1e-6)
+
+
 def test_preference_is_dpo_over_summed_answer_log_probs() -> None:
     batch = text_batch()
     reference = np.array([[[-1.0, -0.5]]], np.float32)
@@ -64,9 +77,13 @@ def test_preference_ignores_unused_pairs() -> None:
     assert value(loss, apply, batch)[0] == pytest.approx(value(loss, apply, one)[0], rel=1e-6)
 
 
-def sigmoid_cross_entropy(logit: float, label: int, positive_weight: float) -> float:
-    p = 1 / (1 + np.exp(-logit))
-    return -positive_weight * np.log(p) if label else -np.log(1 - p)
+def label_loss(logits: list[float], labels: list[int], positive_weight: float) -> float:
+    """Cross-entropy over the labels and "nothing", right ones sharing equally."""
+    every = np.exp([*logits, 0.0])
+    log_probs = np.log(every / every.sum())
+    if not any(labels):
+        return -log_probs[-1]
+    return -positive_weight * np.mean([p for p, label in zip(log_probs, labels, strict=False) if label])
 
 
 def test_dense_averages_over_positions_in_use() -> None:
@@ -86,9 +103,9 @@ def test_dense_averages_over_positions_in_use() -> None:
         "image_boxes": np.stack([boxes, boxes])[None, :, None],
         "audio_labels": np.full((1, 2, 2, 2), 0.25, np.float32),
     }
-    expected = sigmoid_cross_entropy(0.5, 1, 3.0) + sigmoid_cross_entropy(-1.0, 0, 3.0)
+    expected = label_loss([0.5, -1.0], [1, 0], 3.0)
     expected += -(np.log(0.6) + np.log(0.9) + np.log(0.8)) / 3
-    expected += sigmoid_cross_entropy(0.25, 0, 3.0) + sigmoid_cross_entropy(0.25, 1, 3.0)
+    expected += label_loss([0.25, 0.25], [0, 1], 3.0)
     arrays = jax.tree.map(jnp.asarray, batch)
     apply = lambda params, batch, method: jax.tree.map(jnp.asarray, outputs)  # noqa: E731
     found, metrics = value(losses.dense(3.0), apply, arrays)
@@ -96,3 +113,11 @@ def test_dense_averages_over_positions_in_use() -> None:
     np.testing.assert_allclose(metrics["image_labels_recall"], [1.0, 1.0])
     np.testing.assert_allclose(metrics["audio_labels_precision"], [1.0, 2.0])
     np.testing.assert_allclose(metrics["box_bins_off"], [0.0, 3.0])
+
+
+def test_dense_labels_by_example() -> None:
+    """Both words of "red circle" right, one of three, and a patch with nothing on it."""
+    found, _ = losses._labels(jnp.array([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [2.0, 1.0, 0.0]]),
+                              jnp.array([[1, 1, 0], [0, 0, 1], [0, 0, 0]]), 4.0)  # fmt: skip
+    total = np.log(np.exp([2.0, 1.0, 0.0, 0.0]).sum())
+    np.testing.assert_allclose(found, [4 * (total - 1.5), 4 * total, total], rtol=1e-6)
