@@ -162,7 +162,17 @@ def test_label_vocabulary_is_small():
             for part in media(record, "image") + media(record, "audio"):
                 words |= {word for region in part["regions"] for word in region["label"].split()}
     assert {"red", "circle", "digit_7", "bar_a", "spoken_red"} <= words
-    assert len(words) < 120
+    assert len(words) < 150
+
+
+def test_letters_know_their_place_in_the_word():
+    record = item("ocr", "train", 3)  # two lines
+    marks = [region["label"].split() for region in media(record, "image")[0]["regions"]]
+    for task, question, answer in turns(record):
+        line = "_line_0" if "top" in question or "upper" in question else "_line_1"
+        mine = [words for words in marks if words[2] == line]
+        assert task == "ocr" and "".join(words[0][-1] for words in mine) == answer
+        assert [words[1] for words in mine] == [f"_place_{k}" for k in range(len(answer))]
 
 
 def test_digit_scans_are_partitioned():
@@ -314,13 +324,14 @@ def test_boxes_enclose_the_coloured_pixels():
 def test_bars_are_as_high_as_the_answers_say():
     for index in range(20):
         record = item("charts", "train", index)
-        bars = {
-            r["label"][4:]: r["box"] for r in media(record, "image")[0]["regions"] if r["label"][:4] == "bar_"
-        }
+        marks = [(r["label"].split(), r["box"]) for r in media(record, "image")[0]["regions"]]
+        bars = {words[0][4:]: box for words, box in marks if words[0].startswith("bar_")}
+        told = {words[0][4:]: words[1][6:] for words, _ in marks if words[0].startswith("bar_")}
         height = {letter: box[3] - box[1] for letter, box in bars.items()}
         values = [(q, a) for task, q, a in turns(record) if task == "chart_value"]
         for question, answer in values:
             letter = next(word for word in question.strip("?.").split()[::-1] if word in bars)
+            assert told[letter] == answer
             unit = height[letter] / int(answer)
             assert all(abs(h / unit - round(h / unit)) < 0.15 for h in height.values())
         for task, _, answer in turns(record):
@@ -333,7 +344,8 @@ def test_bars_are_as_high_as_the_answers_say():
 def test_table_answers_stand_in_the_named_cell():
     for index in range(30):
         record = item("tables", "train", index)
-        glyphs = [(r["label"][6:], r["box"]) for r in media(record, "image")[0]["regions"]]
+        marks = [(r["label"].split(), r["box"]) for r in media(record, "image")[0]["regions"]]
+        glyphs = [(words[0][6:], box) for words, box in marks]
         centre = {letter: ((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for letter, b in glyphs if letter.isalpha()}
         for _, question, answer in turns(record):
             words = question.replace(",", " ").strip("?.").split()
@@ -345,3 +357,6 @@ def test_table_answers_stand_in_the_named_cell():
                 if letter.isdigit() and abs((b[0] + b[2]) / 2 - x) < 14 and abs((b[1] + b[3]) / 2 - y) < 8
             ]
             assert "".join(cell) == answer
+            named = [words for words, _ in marks if {f"row_{row}", f"column_{column}"} <= set(words)]
+            assert [words[0][6:] for words in named] == list(answer)
+            assert [words[-1] for words in named] == [f"_place_{k}" for k in range(len(answer))]

@@ -76,8 +76,8 @@ def chart_picture(rng: random.Random, values: dict[str, int]) -> Picture:
     figure.canvas.draw()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
     marks = [
-        Mark(f"bar_{letter}", _box(bar.get_window_extent(), image))
-        for letter, bar in zip(values, bars, strict=True)
+        Mark(f"bar_{letter} value_{value}", _box(bar.get_window_extent(), image))
+        for (letter, value), bar in zip(values.items(), bars, strict=True)
     ]
     for label in (*axes.get_xticklabels(), *axes.get_yticklabels(), *written):
         text = label.get_text()

@@ -10,7 +10,7 @@ import random
 import numpy as np
 from PIL import Image
 
-from mm_jax.data.quickstart.paint import ink_and_paper
+from mm_jax.data.quickstart.paint import pen_and_paper
 from mm_jax.data.quickstart.sample import Mark, Picture, Sample, Turn, pick
 
 DIGIT = (
@@ -73,7 +73,7 @@ def digit_picture(rng: random.Random, split: str, digit: int) -> Picture:
     """One scan of the digit at a random place and scale, in a square picture of 24..64 pixels."""
     side = rng.randint(24, 64)
     size = round(side * rng.uniform(0.7, 1.0))
-    ink, paper = ink_and_paper(rng)
+    ink, paper = pen_and_paper(rng)
     image = Image.new("RGB", (side, side), paper)
     mask = scan_mask(rng, rng.choice(partition()[split][digit]), size, split == "train")
     mark = paste(image, mask, rng.randint(0, side - size), rng.randint(0, side - size), ink, digit)
@@ -90,14 +90,15 @@ def number_picture(rng: random.Random, split: str, values: list[int]) -> Picture
     gap = rng.randint(-size // 4, 0)  # the ink fills about half of the width
     margin_x, margin_y = rng.randint(1, 10), rng.randint(4, 14)
     width = len(values) * size + (len(values) - 1) * gap + 2 * margin_x
-    ink, paper = ink_and_paper(rng)
+    ink, paper = pen_and_paper(rng)
     image = Image.new("RGB", (max(48, width), size + 2 * margin_y), paper)
     x = (image.width - width) // 2 + margin_x
     marks = []
     for value in values:
         mask = scan_mask(rng, rng.choice(partition()[split][value]), size, split == "train")
         y = margin_y + rng.randint(-margin_y // 2, margin_y // 2)
-        marks.append(paste(image, mask, x, y, ink, value))
+        mark = paste(image, mask, x, y, ink, value)
+        marks.append(Mark(f"{mark.label} _place_{len(marks)}", mark.box))
         x += size + gap
     return Picture(image, tuple(marks))
 

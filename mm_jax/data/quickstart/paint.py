@@ -35,9 +35,22 @@ def luminance(colour: Colour) -> float:
     return 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
 
 
-def ink_and_paper(rng: random.Random, contrast: float = 90) -> tuple[Colour, Colour]:
-    """Two random colours whose luminance (0..255) differs by at least `contrast`; either may be lighter."""
+def ink_and_paper(rng: random.Random) -> tuple[Colour, Colour]:
+    """Dark ink on light paper, both of any hue: luminance 0..90 on 165..255."""
+    return _colour(rng, 0, 90), _colour(rng, 165, 255)
+
+
+def _colour(rng: random.Random, low: float, high: float) -> Colour:
+    """A random colour whose luminance lies between `low` and `high`."""
     while True:
-        ink, paper = (tuple(rng.randint(0, 255) for _ in range(3)) for _ in range(2))
-        if abs(luminance(ink) - luminance(paper)) >= contrast:
-            return ink, paper
+        colour = tuple(rng.randint(0, 255) for _ in range(3))
+        if low <= luminance(colour) <= high:
+            return colour
+
+
+def pen_and_paper(rng: random.Random) -> tuple[Colour, Colour]:
+    """Dark ink on light paper, as people write: black, grey or blue-black on white to cream."""
+    grey = rng.randint(0, 70)
+    ink = (grey, grey, grey + rng.randint(0, 60))
+    white = rng.randint(215, 255)
+    return ink, (white, white, white - rng.randint(0, 25))

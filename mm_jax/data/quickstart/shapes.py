@@ -92,7 +92,7 @@ def draw_scene(rng: random.Random, number: int | None = None, colours: tuple[str
         width, height = sides(rng, 64, 128)
         things: list[Thing] = []
         for _ in range(40):
-            radius = max(width, height) * rng.uniform(0.1, 0.19 if wanted < 4 else 0.15)
+            radius = max(width, height) * rng.uniform(0.12, 0.21 if wanted < 4 else 0.16)
             x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
             if all(math.hypot(x - t.x, y - t.y) > radius + t.radius + 1 for t in things):
                 things.append(Thing(rng.choice(hues), rng.choice(shapes), x, y, radius))

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 from mm_jax.data.quickstart.glyphs import centred, fit, random_font
 from mm_jax.data.quickstart.paint import luminance, shade
-from mm_jax.data.quickstart.sample import Picture, Sample, Turn, pick, split_of
+from mm_jax.data.quickstart.sample import Mark, Picture, Sample, Turn, pick, split_of
 
 ROWS, COLUMNS = "abcdef", "uvwxyz"  # two alphabets, so that a name says whether it is a row or a column
 CELL = (
@@ -56,7 +56,11 @@ def table_picture(rng: random.Random, rows: list[str], columns: list[str], cells
         for j, text in enumerate(line_of_text):
             if text:
                 x, y = x0 + (j + 0.5) * cell_width, y0 + (i + 0.5) * cell_height
-                marks += centred(image, text, x, y, name, size, ink)
+                where = f"row_{rows[i - 1]} column_{columns[j - 1]}" if i and j else "_header"
+                marks += [
+                    Mark(f"{mark.label} {where} _place_{k}", mark.box)
+                    for k, mark in enumerate(centred(image, text, x, y, name, size, ink))
+                ]
     return Picture(image, tuple(marks))
 
 

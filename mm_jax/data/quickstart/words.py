@@ -6,7 +6,7 @@ from PIL import Image
 
 from mm_jax.data.quickstart.glyphs import draw_text, extent, fit, random_font
 from mm_jax.data.quickstart.paint import ink_and_paper
-from mm_jax.data.quickstart.sample import Picture, Sample, Turn, pick, split_of
+from mm_jax.data.quickstart.sample import Mark, Picture, Sample, Turn, pick, split_of
 
 WORDS = tuple(
     """
@@ -80,7 +80,10 @@ def word_picture(rng: random.Random, lines: list[str]) -> Picture:
         left, top, right, bottom = extent(name, size, text)
         free_x, free_y = width - (right - left), band - (bottom - top)
         x, y = free_x * rng.uniform(0.03, 0.97), band * k + free_y * rng.uniform(0.1, 0.9)
-        marks += draw_text(image, text, x, y, name, size, ink)
+        marks += [
+            Mark(f"{mark.label} _place_{i} _line_{k}", mark.box)
+            for i, mark in enumerate(draw_text(image, text, x, y, name, size, ink))
+        ]
     return Picture(image, tuple(marks))
 
 
