@@ -32,7 +32,7 @@ KINDS = (
 
 # Scenes come most often: two minutes of training do not teach reading, but they teach to find and name things.
 PICTURES = {"digits": 2.0, "numbers": 0.5, "ocr": 0.5, "charts": 0.7, "tables": 0.5, "scenes": 7.0}
-SOUNDS = {"speech": 1.0, "sound_scenes": 0.7}
+SOUNDS = {"speech": 2.0, "sound_scenes": 0.7}
 WORDS = {"text": 0.5, "dialogues": 1.0}
 
 
@@ -67,7 +67,7 @@ def get_config() -> RunConfig:
         sources={kind: SourceConfig("tfds", f"mm_jax_quickstart/{kind}") for kind in KINDS},
         stages={
             "towers": Stage(
-                steps=1000,
+                steps=900,
                 mixture={**PICTURES, **SOUNDS},
                 trainable=("vision", "audio", "heads"),
                 loss="dense",
@@ -99,12 +99,12 @@ def get_config() -> RunConfig:
                 optimizer=muon,
             ),
             "prefer": Stage(
-                steps=40,
+                steps=30,
                 mixture={"scenes": 1.0},
                 trainable=(".*_projector", "decoder"),
                 loss="preference",
-                batch=BatchConfig(rows=8, length=256, images=2, audio=1, pairs=2),
-                optimizer=OptimizerConfig(learning_rate=5e-5, warmup_steps=5, weight_decay=0.0),
+                batch=BatchConfig(rows=8, length=384, images=2, audio=1, pairs=2),
+                optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=5, weight_decay=0.0),
                 preference=PreferenceConfig(tasks=("exists",), questions=600, pairs=160),
             ),
         },

@@ -42,8 +42,12 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
         return 2.0 * (reads + tokens * (2 * h * h + 2 * positions * h + 4 * h * h + h * width))
 
     if (v := config.vision) is not None:
-        rows, cols = v.grid
-        embed = 2 * rows * cols * 3 * v.patch_size**2 * v.embed_dim
+        embed, pixels, channels = 0, v.height * v.width, 3
+        for wider in v.stem:
+            pixels //= 4
+            embed += 2 * pixels * 9 * channels * wider
+            channels = wider
+        embed += 2 * pixels * channels * v.embed_dim
         flops["vision"] = work.images * (
             embed + blocks(v.embed_dim, v.num_layers, v.mlp_dim, v.num_positions)
         )

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class _StageRun:
         rates = schedule(self.stage.optimizer, self.stage.steps)
         self.step = make_step(setup.apply, loss, self.transform, rates, self.stage.batch.accumulate)
         self.pending: list[dict[str, jax.Array]] = []
+        self.trainable: Counter[str] = Counter()  # answer tokens by source since the last log line
+        self.told: set[tuple[str, str]] = set()  # (source, reason) of the drops that were shown
         self.since_save: list[tuple[float, int]] = []
         self.counts, self.clock = metrics.Counts(), time.perf_counter()
 
@@ -119,8 +122,9 @@ class _StageRun:
         return self._params()
 
     def _one_step(self, done: int) -> None:
-        batch, _ = next(self.data)
+        batch, info = next(self.data)
         self.counts.add(batch)
+        self.trainable.update(info.trainable)
         if self.reference is not None:
             batch = {**batch, "reference": preference.look_up(self.reference, batch["preference"])}
         arrays = put_batch(batch, self.mesh, self.stage.batch.accumulate)
@@ -156,6 +160,8 @@ class _StageRun:
             values |= metrics.rates(self.counts, seconds, self.setup.model_config, parts, dense)
         values["compilations"] = self.step._cache_size()
         values["dropped"] = sum(sum(reasons.values()) for reasons in self.data.drops.values())
+        values |= {f"trainable_tokens/{name}": count for name, count in self.trainable.items() if count}
+        self.trainable.clear()
         self.writer.write(self.name, done, values)
         self.counts, self.clock = metrics.Counts(), time.perf_counter()
         self.bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
@@ -165,6 +171,14 @@ class _StageRun:
                 speeds = "  {samples_per_second:.0f} samples/s  padding {padding:.1%}  mfu {mfu:.0%}"
                 text += speeds.format(**values)
             print(text, file=sys.stderr, flush=True)
+        self._tell_drops()
+
+    def _tell_drops(self) -> None:
+        """Says once for each source and reason why samples are left out."""
+        for key, message in self.data.drop_messages.items():
+            if key not in self.told:
+                self.told.add(key)
+                tqdm.write(f"{self.name}: left out ({key[1]}): {message}", file=sys.stderr)
 
     def _save(self, done: int) -> None:
         self._log(done)

@@ -133,12 +133,12 @@ def test_dense_training_keeps_only_media(processor):
     example = processor.example(talk(user(WIDE, "a", WORD), assistant("b")), text=False, targets=True)
     assert example.tokens.tolist() == ids(processor, "I I W W W W")
     assert not example.loss_weights.any()
-    assert processor.config.targets.labels == ("circle", "one", "red")
-    # the red circle fills the left half of rows 8 to 24
-    assert example.image_labels.tolist() == [[[1, 0, 1], [0, 0, 0], [1, 0, 1], [0, 0, 0]]]
+    assert processor.config.targets.labels == ("_centre", "circle", "one", "red")
+    # the red circle fills the left half of rows 8 to 24; its middle is on the edge of the lower patch
+    assert example.image_labels.tolist() == [[[0, 1, 0, 1], [0] * 4, [1, 1, 0, 1], [0] * 4]]
     assert example.image_boxes.tolist() == [[[0, 2, 4, 6], [-1] * 4, [0, 2, 4, 6], [-1] * 4]]
-    assert example.audio_labels[:, :, 1].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
-    assert example.audio_labels.shape == (2, 4, 3)
+    assert example.audio_labels[:, :, 2].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
+    assert example.audio_labels.shape == (2, 4, 4)
 
 
 def test_names_of_media_tokens(processor):
@@ -151,10 +151,10 @@ def test_names_of_media_tokens(processor):
     red, circle, one = (processor.tokenizer.encode(word)[0] for word in ("red", "circle", "one"))
     said = {k: {int(i) for i in row if i >= 0} for k, row in enumerate(example.names)}
     # The picture is padded above and below and the circle is its left half: of two tokens, each a column of patches,
-    # the first shows it. The word of 0.1 s fills the first of the windows of 0.16 s for the most part.
+    # the first shows it. The word of 0.1 s is heard at two of the four positions of the first window: its first token.
     image, audio = np.flatnonzero(example.image_index >= 0), np.flatnonzero(example.audio_index >= 0)
     assert [said[k] for k in image] == [{red, circle}, set()]
-    assert [said[k] for k in audio] == [{one}, {one}, set(), set()]
+    assert [said[k] for k in audio] == [{one}, set(), set(), set()]
     assert not any(said[k] for k in said if k not in {*image, *audio})
     assert example.image_labels is None
 
@@ -271,7 +271,7 @@ def test_fitting_is_deterministic():
     conversations = [talk(user(WIDE, f"text {k}"), assistant("b")) for k in range(9)]
     first, second = (fit_processor(CONFIG, iter(conversations), 310) for _ in range(2))
     assert first.config == second.config
-    assert first.config.targets.labels == ("circle", "red")
+    assert first.config.targets.labels == ("_centre", "circle", "red")
     assert first.tokenizer.backend.to_str() == second.tokenizer.backend.to_str()
     given = dataclasses.replace(CONFIG, targets=TargetRule(labels=("red",)))
     assert fit_processor(given, conversations, 310).config.targets.labels == ("red",)

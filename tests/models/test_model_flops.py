@@ -4,6 +4,8 @@ XLA also counts what is no product of matrices (norms, softmax, activations, rot
 on purpose. At the widths of these tests that is some five per cent, hence the tolerance; it never is less.
 """
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -63,6 +65,9 @@ def close(found: float, expected: float) -> bool:
 def test_encoders():
     flops = forward_flops(CONFIG, WORK)
     assert close(counted(VisionTransformer(CONFIG.vision), floats(4, 32, 48, 3)), flops["vision"])
+    stem = replace(CONFIG.vision, stem=(16, 32))
+    flops_stem = forward_flops(replace(CONFIG, vision=stem), WORK)["vision"]
+    assert close(counted(VisionTransformer(stem), floats(4, 32, 48, 3)), flops_stem)
     assert close(counted(AudioEncoder(CONFIG.audio), floats(4, 48, 80), ints(4)), flops["audio"])
 
 

@@ -6,6 +6,7 @@ import pytest
 import reference
 
 from mm_jax.models import VisionTransformer, ViTConfig
+from mm_jax.models.layers import sincos_2d
 
 CONFIG = ViTConfig(height=8, width=12, patch_size=4, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=24)
 
@@ -81,3 +82,23 @@ def test_pictures_of_a_batch_do_not_see_each_other(params):
     together = apply(params, pixels)
     for k in range(3):
         np.testing.assert_allclose(apply(params, pixels[k : k + 1])[0], together[k], atol=1e-5)
+
+
+def test_stem_keeps_the_grid_and_its_order():
+    """A bright block in one corner changes the token of that corner most, with and without convolutions in front."""
+    config = ViTConfig(16, 24, patch_size=8, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16, stem=(8, 8))
+    model = VisionTransformer(config)
+    dark = np.zeros((1, 16, 24, 3), np.float32)
+    params = model.init(jax.random.key(0), dark)
+    bright = dark.copy()
+    bright[0, 10:14, 18:22] = 1.0  # inside the patch of row 1, column 2
+    moved = np.abs(np.asarray(model.apply(params, bright) - model.apply(params, dark))).sum(-1)[0]
+    assert moved.shape == (6,) and moved.argmax() == 5
+
+
+def test_positions_start_as_sines_and_cosines_with_none_for_the_class_token():
+    config = ViTConfig(16, 24, patch_size=8, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16,
+                       position_init="sincos", class_token="drop")  # fmt: skip
+    params = VisionTransformer(config).init(jax.random.key(0), np.zeros((1, 16, 24, 3), np.float32))["params"]
+    np.testing.assert_array_equal(params["positions"][0], np.zeros(16))
+    np.testing.assert_allclose(params["positions"][1:], sincos_2d((2, 3), 16), rtol=1e-6)

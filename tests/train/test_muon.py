@@ -47,8 +47,9 @@ def test_steps_of_a_stack_are_orthogonal_layer_by_layer() -> None:
 
 
 def test_the_rest_moves_as_with_adamw() -> None:
+    """With Nesterov's look ahead, as the matrices."""
     params, grads = tree(0), tree(1)
-    muon, adamw = optimizer(CONFIG, 100), optimizer(dataclasses.replace(CONFIG, kind="adamw"), 100)
+    muon, adamw = optimizer(CONFIG, 100), optax.adamw(0.01, b1=0.9, b2=0.98, weight_decay=0.0, nesterov=True)
     ours, _ = muon.update(grads, muon.init(params), params)
     theirs, _ = adamw.update(grads, adamw.init(params), params)
     for path in (("vision", "patch_embed"), ("heads", "image_labels"), ("decoder", "embedding")):
@@ -67,7 +68,7 @@ def test_one_moment_instead_of_two_for_matrices() -> None:
         kind: optimizer(dataclasses.replace(CONFIG, kind=kind), 9).init(params) for kind in ("muon", "adamw")
     }
     saved = tree_bytes(states["adamw"]) - tree_bytes(states["muon"])
-    assert abs(saved - matrices) <= 16  # and a counter or two
+    assert abs(saved - matrices) <= 32  # and counters and coefficients
 
 
 def test_it_descends() -> None:

@@ -83,7 +83,12 @@ def test_a_stage_changes_what_it_names_and_nothing_else(config_path: Path, finis
         changed = {name for name in after if not np.array_equal(before[name], after[name])}
         assert {name.split("/")[0] for name in changed} == set(moves[stage]), stage
         trained = sum(x.nbytes for name, x in after.items() if name.split("/")[0] in moves[stage])
-        assert sizes[stage] == 2 * trained + 8  # two moments of what trains, two step counters, nothing else
+        if stage == "align":  # Muon: one moment of the matrices, two of the rest
+            assert trained < sizes[stage] < 2 * trained
+        else:
+            assert (
+                sizes[stage] == 2 * trained + 8
+            )  # two moments of what trains, two step counters, nothing else
         before = after
 
 
