@@ -36,7 +36,8 @@ class TfdsSource:
 
         if (epath.Path(path) / "dataset_info.json").exists():
             return path
-        if path.startswith(("/", ".", "~")) or "://" in path:
+        # a registered name is builder or builder/config
+        if path.startswith(("/", ".", "~")) or "://" in path or path.count("/") > 1:
             raise UserError(
                 f"{self._where}: no dataset_info.json there; give the directory of a version, like .../1.0.0"
             )

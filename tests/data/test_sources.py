@@ -130,6 +130,7 @@ def test_bad_llava_file(tmp_path, text, message):
         (SourceConfig("chatt", "x"), 'unknown kind "chatt"; did you mean "chat"'),
         (SourceConfig("chat", "x", mapping="a:b"), "a mapping is for tfds sources"),
         (SourceConfig("tfds", "./nowhere"), "no dataset_info.json there"),
+        (SourceConfig("tfds", "data/my_digits/1.0.0"), "no dataset_info.json there"),
         (SourceConfig("tfds", "no_such_builder_at_all"), "no builder has this name"),
         (SourceConfig("tfds", "mm_jax_quickstart/digitz"), 'no config "digitz"; did you mean "digits"'),
         (SourceConfig("tfds", "mm_jax_quickstart/digits"), "not prepared in .*python -m mm_jax data"),
