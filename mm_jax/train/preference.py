@@ -49,7 +49,8 @@ def pairs(setup: Setup, name: str, params: dict[str, Any]) -> Pairs:
         stage = setup.config.stages[name]
         candidates = mine(setup, stage, params)
         reference = log_probs(setup, stage, params, [c for c, _ in candidates])
-        order = rank([wrong for _, wrong in candidates], reference)[: stage.preference.pairs]
+        right = [answer_text(pair.messages[-1].parts) for pair, _ in candidates]
+        order = rank([wrong for _, wrong in candidates], reference, right)[: stage.preference.pairs]
         if not order:
             raise UserError(f'stage "{name}": no preference pair fits a row; raise batch.length')
         # Written elsewhere and renamed, so that a stop in between leaves no half of it.
@@ -138,10 +139,20 @@ def answer_text(parts: tuple[Part, ...] | list[Part]) -> str:
     return " ".join(" ".join(words).lower().split())
 
 
-def rank(wrong: list[bool], reference: np.ndarray) -> list[int]:
-    """Indices of usable pairs: the model's own mistakes first, then by how likely the rejected answer is."""
+def rank(wrong: list[bool], reference: np.ndarray, right: list[str]) -> list[int]:
+    """Indices of usable pairs, the right answers in turn: what is always right needs no look at the picture.
+
+    Among the pairs with one right answer the model's own mistakes come first, then those whose rejected answer is the
+    likeliest. A model that says "yes" too often would otherwise get nothing but "no" to prefer, and say that instead.
+    """
     usable = [i for i in range(len(wrong)) if np.isfinite(reference[i]).all()]
-    return sorted(usable, key=lambda i: (not wrong[i], -reference[i, 1], i))
+    best = sorted(usable, key=lambda i: (not wrong[i], -reference[i, 1], i))
+    seen: Counter[str] = Counter()
+    turn = {}
+    for i in best:
+        turn[i] = seen[right[i]]
+        seen[right[i]] += 1
+    return sorted(best, key=lambda i: turn[i])
 
 
 def log_probs(setup: Setup, stage: Stage, params: dict[str, Any], found: list[Conversation]) -> np.ndarray:
