@@ -21,7 +21,7 @@ setup(
     packages=find_packages(include=["mm_jax", "mm_jax.*"]),
     python_requires=">=3.11",
     install_requires=[
-        "jax>=0.10.2,<0.13",  # 0.10.2 is the newest for Python 3.11; 0.12 was tried on Python 3.12
+        "jax>=0.10.2,<0.13",  # 0.10.2 is the newest for Python 3.11; Python 3.12 gets 0.12
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8,<0.13",
