@@ -183,9 +183,9 @@ def _names(weight: Weight, shape: tuple[int, ...]) -> list[str]:
     return [weight.name.format(k) for k in range(shape[0])] if weight.stacked else [weight.name]
 
 
-def _their_shape(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
-    ours = shape[1:] if weight.stacked else shape
-    return weight.theirs(np.broadcast_to(np.int8(0), ours)).shape
+def _of_one(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without the axis of layers."""
+    return shape[1:] if weight.stacked else shape
 
 
 def _check(
@@ -196,7 +196,7 @@ def _check(
 ) -> list[str]:
     """The unused tensors' names; raises UserError for all that does not fit."""
     expected = {
-        name: _their_shape(weight, shapes[weight.path])
+        name: weight.their_shape(_of_one(weight, shapes[weight.path]))
         for weight in system.weights
         for name in _names(weight, shapes[weight.path])
     }
@@ -278,7 +278,10 @@ def save_hf(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     flat = flatten_dict(params, sep="/")
-    entries = [e for weight in checkpoint.system.weights for e in _entries(weight, flat[weight.path])]
+    parts: dict[str, list[Weight]] = {}  # a tensor of theirs may be made of several parameters
+    for weight in checkpoint.system.weights:
+        parts.setdefault(weight.name, []).append(weight)
+    entries = [e for weights in parts.values() for e in _entries(weights, flat)]
     entries += [
         Entry(name, array.dtype, array.shape, partial(np.asarray, array))
         for name, array in checkpoint.unused.items()
@@ -310,12 +313,18 @@ def save_hf(
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _entries(weight: Weight, array: jax.Array) -> Iterator[Entry]:
-    def read(k: int) -> np.ndarray:
-        return weight.theirs(np.asarray(array[k] if weight.stacked else array))
+def _entries(weights: Sequence[Weight], flat: Mapping[str, jax.Array]) -> Iterator[Entry]:
+    """The tensors of one name: one, or one a layer."""
+    first, array = weights[0], flat[weights[0].path]
 
-    shape = _their_shape(weight, array.shape)
-    for k, name in enumerate(_names(weight, array.shape)):
+    def read(k: int) -> np.ndarray:
+        arrays = (flat[weight.path] for weight in weights)
+        return first.joined(
+            [w.theirs(np.asarray(a[k] if w.stacked else a)) for w, a in zip(weights, arrays, strict=True)]
+        )
+
+    shape = first.their_shape(_of_one(first, array.shape))
+    for k, name in enumerate(_names(first, array.shape)):
         yield Entry(name, np.dtype(array.dtype), shape, partial(read, k))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,24 @@ LINEAR = "o i -> i o"  # a linear map of the reference is [out, in], ours [in, o
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which part of a tensor of theirs a parameter of ours is: query, key and value are often one tensor.
+
+    Attributes:
+      start, stop: along the first axis after `pattern`.
+      total: length of that axis; the parts of one tensor fill it.
+      pattern: einops pattern that brings the axis to be cut to the front; "" where it is there.
+      sizes: lengths of the axes that the pattern takes apart.
+    """
+
+    start: int
+    stop: int
+    total: int
+    pattern: str = ""
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Weight:
     """One of the reference's tensors and the place of its values in our parameters.
 
@@ -24,12 +42,14 @@ class Weight:
       pattern: einops pattern from theirs to ours, without the axis of layers; "" for equal arrays. It is read
         backwards to save.
       sizes: lengths of the axes that the pattern takes apart when it is read backwards.
+      part: the part of their tensor that `pattern` then starts from; None for all of it.
     """
 
     name: str
     path: str
     pattern: str = ""
     sizes: tuple[tuple[str, int], ...] = ()
+    part: Part | None = None
 
     @property
     def stacked(self) -> bool:
@@ -37,12 +57,36 @@ class Weight:
 
     def ours(self, array: np.ndarray) -> np.ndarray:
         """Their array (of one layer) as ours; a view where it can be."""
-        return rearrange(array, self.pattern, **dict(self.sizes)) if self.pattern else array
+        if self.part is not None:
+            array = _forwards(array, self.part.pattern, self.part.sizes)[self.part.start : self.part.stop]
+        return _forwards(array, self.pattern, self.sizes)
 
     def theirs(self, array: np.ndarray) -> np.ndarray:
-        """Our array (of one layer) as theirs."""
-        before, _, after = self.pattern.partition("->")
-        return rearrange(array, f"{after} -> {before}", **dict(self.sizes)) if self.pattern else array
+        """Our array (of one layer) as theirs, or as the part of theirs that `joined` takes."""
+        return _backwards(array, self.pattern, self.sizes)
+
+    def joined(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Their array of the parts that `theirs` gives, in order; this weight is the one of any of them."""
+        if self.part is None:
+            return parts[0]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return _backwards(whole, self.part.pattern, self.part.sizes)
+
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of their array where ours (of one layer) has `shape`."""
+        part = self.theirs(np.broadcast_to(np.int8(0), shape))
+        if self.part is not None:
+            part = np.broadcast_to(np.int8(0), (self.part.total, *part.shape[1:]))
+        return self.joined([part]).shape
+
+
+def _forwards(array: np.ndarray, pattern: str, sizes: tuple[tuple[str, int], ...]) -> np.ndarray:
+    return rearrange(array, pattern, **dict(sizes)) if pattern else array
+
+
+def _backwards(array: np.ndarray, pattern: str, sizes: tuple[tuple[str, int], ...]) -> np.ndarray:
+    before, _, after = pattern.partition("->")
+    return rearrange(array, f"{after} -> {before}", **dict(sizes)) if pattern else array
 
 
 @dataclass(frozen=True)
