@@ -37,6 +37,16 @@ def layer_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
+def rms_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.RMSNorm:
+    """RMS norm (Zhang and Sennrich 2019)."""
+    return nn.RMSNorm(eps, dtype=dtype, name=name)
+
+
+Norm = Literal["layer", "rms"]
+
+NORMS: dict[Norm, Callable[[float, jnp.dtype, str], nn.Module]] = {"layer": layer_norm, "rms": rms_norm}
+
+
 def sincos_2d(grid: tuple[int, int], channels: int) -> np.ndarray:
     """2-D sine-cosine table (He et al. 2022, MAE): float32 [rows * cols, channels], columns first half, rows second."""
     frequencies = 10_000.0 ** (-np.arange(channels // 4) / (channels // 4))
@@ -56,7 +66,8 @@ class Attention(nn.Module):
       num_heads, num_kv_heads, head_dim: grouped-query attention when num_kv_heads < num_heads.
       use_bias: biases on the query, key and value projections.
       out_bias: bias on the out projection; None for the same as use_bias.
-      qk_norm: RMS norm on each query and key head before the rotation.
+      qk_norm: RMS norm on queries and keys before the rotation.
+      norm_heads: "each" head is normalised on its own (Qwen3), or "all" heads of a token together (InternViT).
       dtype: compute dtype; parameters stay float32.
     """
 
@@ -68,6 +79,7 @@ class Attention(nn.Module):
     qk_norm: bool = False
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    norm_heads: Literal["each", "all"] = "each"
 
     @nn.compact
     def __call__(
@@ -98,15 +110,18 @@ class Attention(nn.Module):
 
         def project(name: str, inputs: jax.Array, heads: int) -> jax.Array:
             out = nn.Dense(heads * self.head_dim, use_bias=self.use_bias, dtype=self.dtype, name=name)(inputs)
-            return rearrange(out, "b t (n h) -> b t n h", n=heads)
+            normed = self.qk_norm and name != "value"
+            if normed and self.norm_heads == "all":
+                out = rms_norm(self.norm_eps, self.dtype, f"{name}_norm")(out)
+            out = rearrange(out, "b t (n h) -> b t n h", n=heads)
+            if normed and self.norm_heads == "each":
+                out = rms_norm(self.norm_eps, self.dtype, f"{name}_norm")(out)
+            return out
 
         context = x if context is None else context
         query = project("query", x, self.num_heads)
         key = project("key", context if key_places is None else context + key_places, self.num_kv_heads)
         value = project("value", context, self.num_kv_heads)
-        if self.qk_norm:
-            query = nn.RMSNorm(self.norm_eps, dtype=self.dtype, name="query_norm")(query)
-            key = nn.RMSNorm(self.norm_eps, dtype=self.dtype, name="key_norm")(key)
         if turned is not None:
             query, key = rotate(query, turned), rotate(key, turned)
         if cache is not None:
@@ -150,6 +165,11 @@ class EncoderBlock(nn.Module):
 
     Attributes:
       collect: give the output a second time, for `nn.scan` to collect those of all layers.
+      norm: kind of the two norms.
+      qkv_bias: biases on query, key and value; the other maps always have them.
+      qk_norm: RMS norm on queries and keys, over all heads of a token together.
+      layer_scale: a learned factor on each channel of what the two branches add (Touvron et al. 2021, CaiT), and its
+        first value; None for no factors.
     """
 
     num_heads: int
@@ -158,19 +178,32 @@ class EncoderBlock(nn.Module):
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     collect: bool = False
+    norm: Norm = "layer"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         """[B, T, D], bool [B, 1, T, T] -> [B, T, D] and what `nn.scan` collects."""
 
-        def norm(name: str) -> nn.LayerNorm:
-            return layer_norm(self.norm_eps, self.dtype, name)
+        def norm(name: str) -> nn.Module:
+            return NORMS[self.norm](self.norm_eps, self.dtype, name)
+
+        def scaled(name: str, branch: jax.Array) -> jax.Array:
+            if self.layer_scale is None:
+                return branch
+            scale = self.param(name, nn.initializers.constant(self.layer_scale), branch.shape[-1:])
+            return branch * scale.astype(self.dtype)
 
         heads = self.num_heads
-        attend = Attention(heads, heads, x.shape[-1] // heads, dtype=self.dtype, name="attention")
-        x = x + attend(norm("attention_norm")(x), mask=mask)[0]
+        attend = Attention(
+            heads, heads, x.shape[-1] // heads, self.qkv_bias, True, self.qk_norm, self.norm_eps, self.dtype, "all",
+            name="attention",
+        )  # fmt: skip
+        x = x + scaled("attention_scale", attend(norm("attention_norm")(x), mask=mask)[0])
         mlp = MLP(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")
-        x = x + mlp(norm("mlp_norm")(x))
+        x = x + scaled("mlp_scale", mlp(norm("mlp_norm")(x)))
         return x, x if self.collect else None
 
 

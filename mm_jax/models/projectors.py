@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from mm_jax.models.layers import ACTIVATIONS, MLP, Activation, Attention, sincos_2d
+from mm_jax.models.layers import ACTIVATIONS, MLP, Activation, Attention, layer_norm, sincos_2d
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class ProjectorConfig:
         grid of R x C features gives (R // rows) * (C // columns) tokens. An audio sequence is a grid T x 1.
       hidden_dim: width of the hidden layer of the mlp and of the resampler's attention.
       num_queries, num_heads: of the resampler; it gives num_queries tokens whatever the grid.
+      order: linear and mlp give their tokens row by row or column by column (the first InternVL with pixel shuffle).
       norm, use_bias: layer norm before, and biases on, the maps of linear and mlp.
+      norm_eps: of that layer norm.
     """
 
     kind: Literal["linear", "mlp", "resampler"] = "mlp"
@@ -30,8 +32,10 @@ class ProjectorConfig:
     num_queries: int = 16
     num_heads: int = 4
     activation: Activation = "gelu_tanh"
+    order: Literal["rows", "columns"] = "rows"
     norm: bool = True
     use_bias: bool = True
+    norm_eps: float = 1e-6
 
     def num_tokens(self, grid: tuple[int, int]) -> int:
         """Tokens that come out of a grid of (rows, columns) features."""
@@ -43,7 +47,7 @@ class ProjectorConfig:
 class MLPProjector(nn.Module):
     """Merge neighbours, normalise if asked to, then a linear map or a two-layer MLP.
 
-    Liu et al. 2023 (LLaVA-1.5); with the merge, the `mlp1` of InternVL.
+    Liu et al. 2023 (LLaVA-1.5); with the merge, which is also called pixel shuffle, the `mlp1` of InternVL.
     """
 
     config: ProjectorConfig
@@ -54,12 +58,13 @@ class MLPProjector(nn.Module):
     def __call__(self, x: jax.Array, grid: tuple[int, int], mask: jax.Array | None = None) -> jax.Array:
         """[N, rows * cols, C] -> [N, tokens, features]. `mask` is accepted for the common interface."""
         c = self.config
+        order = {"rows": "h w", "columns": "w h"}[c.order]
         x = rearrange(
-            x, "n (h a w b) c -> n (h w) (a b c)", h=grid[0] // c.merge[0], a=c.merge[0], b=c.merge[1],
+            x, f"n (h a w b) c -> n ({order}) (a b c)", h=grid[0] // c.merge[0], a=c.merge[0], b=c.merge[1],
             w=grid[1] // c.merge[1],
         )  # fmt: skip
         if c.norm:
-            x = nn.LayerNorm(1e-6, dtype=self.dtype, name="norm")(x)
+            x = layer_norm(c.norm_eps, self.dtype, "norm")(x)
         if c.kind == "mlp":
             hidden = nn.Dense(c.hidden_dim, use_bias=c.use_bias, dtype=self.dtype, name="hidden")
             x = ACTIVATIONS[c.activation](hidden(x))

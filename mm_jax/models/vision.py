@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from mm_jax.models.layers import Activation, EncoderBlock, layer_norm, sincos_2d, stack
+from mm_jax.models.layers import Activation, EncoderBlock, Norm, layer_norm, sincos_2d, stack
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,11 @@ class ViTConfig:
         channels, without post_norm, instead of those after the last block.
       stem: channels of 3x3 convolutions in front of the patches, each of which halves the picture; a small tower
         learns shapes from far fewer pictures with them (Xiao et al. 2021, "Early convolutions").
+      positions: whether there is a table of learned positions.
       position_init: the learned positions start as small noise or as 2-D sines and cosines, which tell
         neighbours apart from the first step on.
+      norm: kind of the norms inside the blocks; pre_norm and post_norm are layer norms.
+      qkv_bias, qk_norm, layer_scale: of the blocks, see `mm_jax.models.layers.EncoderBlock` (InternViT).
     """
 
     height: int = 64
@@ -36,6 +39,7 @@ class ViTConfig:
     num_heads: int = 4
     mlp_dim: int = 512
     stem: tuple[int, ...] = ()
+    positions: bool = True
     position_init: Literal["normal", "sincos"] = "normal"
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
@@ -44,6 +48,10 @@ class ViTConfig:
     pre_norm: bool = False
     post_norm: bool = True
     feature_layers: tuple[int, ...] = ()
+    norm: Norm = "layer"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -93,14 +101,16 @@ class VisionTransformer(nn.Module):
         if c.class_token != "none":
             token = self.param("class_token", nn.initializers.normal(0.02), (c.embed_dim,))
             x = jnp.concatenate([repeat(token.astype(self.dtype), "d -> n 1 d", n=x.shape[0]), x], axis=1)
-        positions = self.param("positions", self._first_positions, (x.shape[1], c.embed_dim))
-        x = x + positions.astype(self.dtype)
+        if c.positions:
+            positions = self.param("positions", self._first_positions, (x.shape[1], c.embed_dim))
+            x = x + positions.astype(self.dtype)
         if c.pre_norm:
             x = layer_norm(c.norm_eps, self.dtype, "pre_norm")(x)
         several = bool(c.feature_layers)
         block = stack(EncoderBlock, c.num_layers, nn.broadcast)(
-            c.num_heads, c.mlp_dim, c.activation, c.norm_eps, self.dtype, several, name="layers"
-        )
+            c.num_heads, c.mlp_dim, c.activation, c.norm_eps, self.dtype, several, c.norm, c.qkv_bias, c.qk_norm,
+            c.layer_scale, name="layers",
+        )  # fmt: skip
         before = x
         x, states = block(x, None)
         if several:
