@@ -46,6 +46,8 @@ def attention(
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None = None,
+    scale: float | None = None,
+    cap: float = 0.0,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
@@ -55,18 +57,32 @@ def attention(
       query: [B, T, N, H].
       key, value: [B, S, K, H] with K dividing N; head n reads key/value head n // (N // K).
       mask: bool [B or 1, 1, T, S], from `attention_mask`.
+      scale: factor on query x key; None for H ** -0.5.
+      cap: bound of the logits, cap * tanh(logits / cap) (Gemma-2); 0 for none.
 
     Returns:
       [B, T, N, H] in the dtype of `query`.
     """
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+    if cap:
+        weights = attention_weights(query, key, mask, scale, cap).astype(query.dtype)
+        value = jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
+        return jnp.einsum("bnts,bsnh->btnh", weights, value)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="xla")
 
 
-def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """The probabilities that `attention` uses: float32 [B, N, T, S]. For looking at, not for training."""
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> jax.Array:
+    """The probabilities that `attention` uses: float32 [B, N, T, S]."""
     key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
     logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
-    logits *= query.shape[-1] ** -0.5
+    logits *= query.shape[-1] ** -0.5 if scale is None else scale
+    if cap:
+        logits = cap * jnp.tanh(logits / cap)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(logits, axis=-1)

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mm_jax.models.attention import attention_mask
-from mm_jax.models.layers import ACTIVATIONS, Activation, EncoderBlock, stack
+from mm_jax.models.layers import ACTIVATIONS, Activation, EncoderBlock, sinusoids, stack
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,6 @@ class AudioEncoderConfig:
     def num_positions(self) -> int:
         """Encoder positions of a full window: the second convolution has stride 2."""
         return self.max_frames // 2
-
-
-def sinusoids(length: int, channels: int) -> np.ndarray:
-    """Whisper's position table: float32 [length, channels], sines in the first half, cosines in the second."""
-    scales = np.exp(-np.log(10_000.0) / (channels // 2 - 1) * np.arange(channels // 2))
-    angles = np.arange(length)[:, None] * scales[None]
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 class AudioEncoder(nn.Module):

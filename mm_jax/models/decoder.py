@@ -1,27 +1,41 @@
 """The decoder-only language model."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mm_jax.models.attention import window_mask
-from mm_jax.models.layers import MLP, Activation, Attention, stack
+from mm_jax.models.layers import MLP, NORMS, Activation, Attention, Norm, sinusoids, stack
 from mm_jax.models.rotary import RopeScaling, Rotation, rotation
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and options of a Llama-shaped decoder.
+    """Sizes and options of a decoder.
 
     Attributes:
       num_kv_heads: fewer than num_heads for grouped-query attention.
+      gated: MLP with a gate (SwiGLU with silu), or without.
       tie_embeddings: read the logits off the embedding table instead of a separate head.
-      qk_norm: RMS norm on query and key heads (Qwen3).
+      token_dim: width of the embedding table where it is not embed_dim; a linear map leads in and one out (OPT-350m).
+      embed_scale: factor on the tokens' embeddings (Gemma, Kosmos-2: the root of embed_dim).
+      positions: rotary, or added to the embeddings: a learned table, or sines and cosines.
+      num_positions: rows of that table; position p takes row p + position_offset.
       rope_scaling: how rotary frequencies are stretched for long texts.
-      qkv_bias: biases on query, key and value (Qwen2); out_bias, mlp_bias: on the other projections.
+      local_theta: base of the rotary embedding, unscaled, in layers with a window (Gemma-3); 0: as in the others.
       windows: for each layer, how many tokens back it looks, itself included; 0 for all. Empty: every layer sees all.
+      norm: kind of all norms, see `mm_jax.models.layers.NORMS`.
+      norm_place: of the blocks' norms: before attention and MLP ("pre"), after the sum with their input ("post"), or
+        before and behind each ("both", Gemma-2).
+      inner_norm: one more norm in front of the last map of attention and MLP (Kosmos-2), see `Attention`.
+      final_norm: norm after the last block.
+      qk_norm: RMS norm on query and key heads (Qwen3).
+      query_scale: factor on query x key; None for head_dim ** -0.5.
+      attention_cap, logit_cap: bounds of the attention's and of the output's logits (Gemma-2); 0 for none.
+      qkv_bias: biases on query, key and value (Qwen2); out_bias, mlp_bias: on the other projections.
     """
 
     vocab_size: int = 1024
@@ -32,15 +46,29 @@ class DecoderConfig:
     head_dim: int = 32
     mlp_dim: int = 512
     activation: Activation = "silu"
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    gated: bool = True
     tie_embeddings: bool = True
-    qk_norm: bool = False
+    token_dim: int = 0
+    embed_scale: float = 1.0
+    positions: Literal["rotary", "learned", "sines"] = "rotary"
+    num_positions: int = 0
+    position_offset: int = 0
+    rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    local_theta: float = 0.0
+    windows: tuple[int, ...] = ()
+    norm: Norm = "rms"
+    norm_eps: float = 1e-6
+    norm_place: Literal["pre", "post", "both"] = "pre"
+    inner_norm: bool = False
+    final_norm: bool = True
+    qk_norm: bool = False
+    query_scale: float | None = None
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    windows: tuple[int, ...] = ()
 
 
 Cache = dict[str, jax.Array]
@@ -57,7 +85,7 @@ def init_cache(config: DecoderConfig, rows: int, length: int, dtype: jnp.dtype =
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm block: RMS norm, rotary grouped-query attention, RMS norm, gated MLP (Touvron et al. 2023)."""
+    """Attention and MLP, each added to its input, with norms around (Touvron et al. 2023; see `DecoderConfig`)."""
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
@@ -69,23 +97,40 @@ class DecoderBlock(nn.Module):
         cache: tuple[jax.Array, jax.Array] | None,
         window: jax.Array | None,
         mask: jax.Array,
-        turned: Rotation,
+        always: jax.Array | None,
+        turned: Rotation | None,
+        local: Rotation | None,
         slots: jax.Array,
         starts: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """[B, T, D] and this layer's cache and window -> [B, T, D] and the cache, advanced."""
+        """[B, T, D] and this layer's cache and window -> [B, T, D] and the cache, advanced.
+
+        `local` is the rotation where there is a window; `always` is seen whatever the window.
+        """
         c = self.config
         if window is not None:
             mask = window_mask(mask, slots, window)
+            if local is not None:
+                turned = jax.tree.map(lambda near, far: jnp.where(window > 0, near, far), local, turned)
+        if always is not None:
+            mask = mask | always
         attend = Attention(
             c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_eps, self.dtype,
-            name="attention",
+            qk_norm_kind=c.norm, inner_norm=c.inner_norm, scale=c.query_scale, cap=c.attention_cap, name="attention",
         )  # fmt: skip
-        y = nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="attention_norm")(x)
+        mlp = MLP(
+            c.mlp_dim, c.activation, c.gated, c.mlp_bias, self.dtype, c.inner_norm, c.norm_eps, name="mlp"
+        )
+
+        def norm(name: str, x: jax.Array, here: bool) -> jax.Array:
+            return NORMS[c.norm](c.norm_eps, self.dtype, name)(x) if here else x
+
+        after, behind = c.norm_place == "post", c.norm_place == "both"
+        y = norm("attention_norm", x, not after)
         y, cache = attend(y, mask=mask, turned=turned, cache=cache, starts=starts)
-        x = x + y
-        mlp = MLP(c.mlp_dim, c.activation, gated=True, use_bias=c.mlp_bias, dtype=self.dtype, name="mlp")
-        return x + mlp(nn.RMSNorm(c.norm_eps, dtype=self.dtype, name="mlp_norm")(x)), cache
+        x = norm("attention_norm", x + norm("attention_out_norm", y, behind), after)
+        y = mlp(norm("mlp_norm", x, not after))
+        return norm("mlp_norm", x + norm("mlp_out_norm", y, behind), after), cache
 
 
 class Decoder(nn.Module):
@@ -96,16 +141,25 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        init = nn.initializers.normal(c.embed_dim**-0.5)
-        self.embedding = nn.Embed(c.vocab_size, c.embed_dim, dtype=self.dtype, embedding_init=init)
-        self.layers = stack(DecoderBlock, c.num_layers, 0, 0, *[nn.broadcast] * 4)(c, self.dtype)
-        self.norm = nn.RMSNorm(c.norm_eps, dtype=self.dtype)
+        width = c.token_dim or c.embed_dim
+        init = nn.initializers.normal(width**-0.5)
+        self.embedding = nn.Embed(c.vocab_size, width, dtype=self.dtype, embedding_init=init)
+        if c.token_dim:
+            self.project_in = nn.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
+            self.project_out = nn.Dense(width, use_bias=False, dtype=self.dtype)
+        if c.positions == "learned":
+            init = nn.initializers.normal(0.02)
+            self.positions = nn.Embed(c.num_positions, c.embed_dim, dtype=self.dtype, embedding_init=init)
+        self.layers = stack(DecoderBlock, c.num_layers, 0, 0, *[nn.broadcast] * 6)(c, self.dtype)
+        if c.final_norm:
+            self.norm = NORMS[c.norm](c.norm_eps, self.dtype, None)
         if not c.tie_embeddings:
             self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, D]."""
-        return self.embedding(tokens)
+        x = self.embedding(tokens) * jnp.asarray(self.config.embed_scale, self.dtype)
+        return self.project_in(x) if self.config.token_dim else x
 
     def hidden(
         self,
@@ -114,15 +168,17 @@ class Decoder(nn.Module):
         positions: jax.Array,
         cache: Cache | None = None,
         starts: jax.Array | None = None,
+        always: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Run the blocks and the final norm.
 
         Args:
           x: [B, T, D] embeddings with media spliced in.
-          mask: bool [B, 1, T, S], S = T or the cache length.
+          mask: bool [B, 1, T, S], S = T or the cache length; windows narrow it.
           positions: int32 [B, T].
           cache: from `init_cache`; its keys and values are advanced, its segment ids are the caller's.
           starts: int32 [B], see `Attention`.
+          always: bool [B, 1, T, S], what is seen besides, whatever the windows.
 
         Returns:
           [B, T, D] and the advanced cache.
@@ -130,14 +186,30 @@ class Decoder(nn.Module):
         c = self.config
         layers = None if cache is None else (cache["key"], cache["value"])
         windows = jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None
-        turned = rotation(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        turned = local = None
+        if c.positions == "rotary":
+            turned = rotation(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+            if c.local_theta:
+                local = rotation(positions, c.head_dim, c.local_theta)
+        else:
+            x = x + self._places(positions + c.position_offset)
         slots = jnp.arange(x.shape[1])[None] + (0 if starts is None else starts[:, None])
-        x, layers = self.layers(x, layers, windows, mask, turned, slots, starts)
+        x, layers = self.layers(x, layers, windows, mask, always, turned, local, slots, starts)
         if cache is not None:
             cache = cache | {"key": layers[0], "value": layers[1]}
-        return self.norm(x), cache
+        return self.norm(x) if c.final_norm else x, cache
+
+    def _places(self, rows: jax.Array) -> jax.Array:
+        """int32 [B, T] -> [B, T, D], what is added to the embeddings."""
+        c = self.config
+        if c.positions == "learned":
+            return self.positions(rows)
+        return jnp.asarray(sinusoids(c.num_positions, c.embed_dim), self.dtype)[rows]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, vocab]."""
-        out = self.embedding.attend(x) if self.config.tie_embeddings else self.head(x)
-        return out.astype(jnp.float32)
+        c = self.config
+        x = self.project_out(x) if c.token_dim else x
+        out = self.embedding.attend(x) if c.tie_embeddings else self.head(x)
+        out = out.astype(jnp.float32)
+        return c.logit_cap * jnp.tanh(out / c.logit_cap) if c.logit_cap else out

@@ -1,6 +1,7 @@
 """Building blocks shared by encoders, projectors and the decoder."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -29,22 +30,52 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def layer_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    """Layer norm with the variance taken around the mean.
+def layer_norm(eps: float, dtype: jnp.dtype, name: str | None, affine: bool = True) -> nn.LayerNorm:
+    """Layer norm with the variance taken around the mean; affine: with learned factors and biases.
 
     Flax's default, mean(x^2) - mean(x)^2, loses digits on the large channels that trained towers have.
     """
-    return nn.LayerNorm(eps, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.LayerNorm(
+        eps, dtype=dtype, use_bias=affine, use_scale=affine, use_fast_variance=False, name=name
+    )
 
 
-def rms_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.RMSNorm:
+def rms_norm(eps: float, dtype: jnp.dtype, name: str | None) -> nn.RMSNorm:
     """RMS norm (Zhang and Sennrich 2019)."""
     return nn.RMSNorm(eps, dtype=dtype, name=name)
 
 
-Norm = Literal["layer", "rms"]
+class CentredRMSNorm(nn.Module):
+    """RMS norm whose parameter is added to 1 to give the factor, so that weight decay pulls to 1 (Gemma)."""
 
-NORMS: dict[Norm, Callable[[float, jnp.dtype, str], nn.Module]] = {"layer": layer_norm, "rms": rms_norm}
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]; computed in float32."""
+        scale = self.param("scale", nn.initializers.zeros_init(), x.shape[-1:])
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * inverse * (1 + scale.astype(jnp.float32))).astype(self.dtype)
+
+
+Norm = Literal["layer", "layer_plain", "rms", "rms_centred"]
+
+NORMS: dict[Norm, Callable[[float, jnp.dtype, str | None], nn.Module]] = {
+    "layer": layer_norm,
+    "layer_plain": partial(layer_norm, affine=False),
+    "rms": rms_norm,
+    "rms_centred": lambda eps, dtype, name: CentredRMSNorm(eps, dtype, name=name),
+}
+
+
+def sinusoids(length: int, channels: int) -> np.ndarray:
+    """Positions of tensor2tensor, fairseq and Whisper: float32 [length, channels], sines in the first half, cosines in
+    the second."""
+    scales = np.exp(-np.log(10_000.0) / (channels // 2 - 1) * np.arange(channels // 2))
+    angles = np.arange(length)[:, None] * scales[None]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 def sincos_2d(grid: tuple[int, int], channels: int) -> np.ndarray:
@@ -66,8 +97,10 @@ class Attention(nn.Module):
       num_heads, num_kv_heads, head_dim: grouped-query attention when num_kv_heads < num_heads.
       use_bias: biases on the query, key and value projections.
       out_bias: bias on the out projection; None for the same as use_bias.
-      qk_norm: RMS norm on queries and keys before the rotation.
+      qk_norm: RMS norm on queries and keys before the rotation, of the kind qk_norm_kind.
       norm_heads: "each" head is normalised on its own (Qwen3), or "all" heads of a token together (InternViT).
+      inner_norm: layer norm between the heads and the out projection (Wang et al. 2022, Magneto: sub-LN).
+      scale, cap: as of `mm_jax.models.attention.attention`.
       dtype: compute dtype; parameters stay float32.
     """
 
@@ -80,6 +113,10 @@ class Attention(nn.Module):
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     norm_heads: Literal["each", "all"] = "each"
+    qk_norm_kind: Norm = "rms"
+    inner_norm: bool = False
+    scale: float | None = None
+    cap: float = 0.0
 
     @nn.compact
     def __call__(
@@ -112,10 +149,10 @@ class Attention(nn.Module):
             out = nn.Dense(heads * self.head_dim, use_bias=self.use_bias, dtype=self.dtype, name=name)(inputs)
             normed = self.qk_norm and name != "value"
             if normed and self.norm_heads == "all":
-                out = rms_norm(self.norm_eps, self.dtype, f"{name}_norm")(out)
+                out = NORMS[self.qk_norm_kind](self.norm_eps, self.dtype, f"{name}_norm")(out)
             out = rearrange(out, "b t (n h) -> b t n h", n=heads)
             if normed and self.norm_heads == "each":
-                out = rms_norm(self.norm_eps, self.dtype, f"{name}_norm")(out)
+                out = NORMS[self.qk_norm_kind](self.norm_eps, self.dtype, f"{name}_norm")(out)
             return out
 
         context = x if context is None else context
@@ -130,8 +167,12 @@ class Attention(nn.Module):
             value = write(cache[1], value.astype(cache[1].dtype), starts)
             cache = key, value
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "attention_weights", attention_weights(query, key, mask))
-        out = rearrange(attention(query, key, value, mask), "b t n h -> b t (n h)")
+            weights = attention_weights(query, key, mask, self.scale, self.cap)
+            self.sow("intermediates", "attention_weights", weights)
+        out = attention(query, key, value, mask, self.scale, self.cap)
+        out = rearrange(out, "b t n h -> b t (n h)")
+        if self.inner_norm:
+            out = layer_norm(self.norm_eps, self.dtype, "inner_norm")(out)
         out_bias = self.use_bias if self.out_bias is None else self.out_bias
         close = nn.Dense(x.shape[-1], use_bias=out_bias, dtype=self.dtype, kernel_init=CLOSED, name="out")
         out = close(out)
@@ -139,13 +180,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two-layer perceptron, or its gated form `down(act(gate x) * up x)` (SwiGLU with silu; Shazeer 2020)."""
+    """Two-layer perceptron, or its gated form `down(act(gate x) * up x)` (SwiGLU with silu; Shazeer 2020).
+
+    Attributes:
+      inner_norm: layer norm in front of the second map, see `Attention`.
+    """
 
     mlp_dim: int
     activation: Activation = "gelu_tanh"
     gated: bool = False
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
+    inner_norm: bool = False
+    norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -157,6 +204,8 @@ class MLP(nn.Module):
         hidden = dense("up", self.mlp_dim)(x)
         activate = ACTIVATIONS[self.activation]
         hidden = activate(dense("gate", self.mlp_dim)(x)) * hidden if self.gated else activate(hidden)
+        if self.inner_norm:
+            hidden = layer_norm(self.norm_eps, self.dtype, "inner_norm")(hidden)
         return dense("down", x.shape[-1], CLOSED)(hidden)
 
 

@@ -6,7 +6,7 @@ import pytest
 import reference
 
 from mm_jax.models import AudioEncoder, AudioEncoderConfig
-from mm_jax.models.audio import sinusoids
+from mm_jax.models.layers import sinusoids
 
 CONFIG = AudioEncoderConfig(num_mels=5, max_frames=12, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=24)
 
