@@ -12,7 +12,7 @@ To add one, write a file with a `FAMILY` (see `mm_jax.families.family`):
 import sys
 from types import ModuleType
 
-from mm_jax.families import clip, llama, llava, mistral, qwen2, qwen3, siglip
+from mm_jax.families import clip, llama, llava, mistral, opt, qwen2, qwen3, siglip
 from mm_jax.families.family import Family, System, Weight
 
 FAMILIES: dict[str, Family] = {
@@ -20,6 +20,7 @@ FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "llava": llava.FAMILY,
     "mistral": mistral.FAMILY,
+    "opt": opt.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
     "siglip_vision_model": siglip.FAMILY,

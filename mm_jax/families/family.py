@@ -94,15 +94,21 @@ class Text:
     """What a text config says.
 
     Attributes:
+      weights: (config, how the names of the model's tensors begin, how that of the head begins) -> the table.
       max_length: tokens that the decoder was made for.
       stop_ids: the tokens that end an answer, unless generation_config.json says otherwise.
       pad_id: of padding; None where there is no such token.
     """
 
     decoder: DecoderConfig
+    weights: Callable[[DecoderConfig, str, str], tuple[Weight, ...]]
     max_length: int
     stop_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+
+    def table(self, model: str = "model.", head: str = "lm_head.") -> tuple[Weight, ...]:
+        """The tensors of this decoder whose names begin with `model` and `head`."""
+        return self.weights(self.decoder, model, head)
 
 
 @dataclass(frozen=True)

@@ -64,10 +64,10 @@ def common(fields: Fields, tied: bool, **options: Any) -> Text:
     )
     stops, pad = fields("eos_token_id"), fields("pad_token_id")
     fields.finish()
-    return Text(config, length, token_ids(stops), pad)
+    return Text(config, weights, length, token_ids(stops), pad)
 
 
-def weights(config: DecoderConfig, model: str = "model.", head: str = "lm_head.") -> tuple[Weight, ...]:
+def weights(config: DecoderConfig, model: str, head: str) -> tuple[Weight, ...]:
     """The tensors of a decoder whose names begin with `model` and `head`."""
     layer, ours = model + "layers.{}.", "decoder/layers/"
 
@@ -101,7 +101,7 @@ def weights(config: DecoderConfig, model: str = "model.", head: str = "lm_head."
 def text_system(reader: Reader, values: Mapping[str, Any], names: frozenset[str]) -> System:
     """A decoder alone. A head in the file is used whatever the config says of tied embeddings, as in the reference."""
     found = reader(values, "lm_head.weight" not in names, "config.json")
-    return System(MultimodalConfig(None, None, decoder=found.decoder), weights(found.decoder), found)
+    return System(MultimodalConfig(None, None, decoder=found.decoder), found.table(), found)
 
 
 FAMILY = Family("llama", ("text",), partial(text_system, text), RENAMES)

@@ -10,7 +10,6 @@ from mm_jax.families.clip import Output, unused
 from mm_jax.families.clip import weights as tower_weights
 from mm_jax.families.family import LINEAR, Family, System, Weight
 from mm_jax.families.fields import Fields
-from mm_jax.families.llama import weights as decoder_weights
 from mm_jax.families.parts import read_text, read_tower
 from mm_jax.models import MultimodalConfig, ProjectorConfig
 
@@ -68,7 +67,7 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     table = (
         *tower_weights(vision, "vision_tower.", "vision/"),
         *_projector_weights(bias),
-        *decoder_weights(text.decoder, "language_model.model.", "language_model.lm_head."),
+        *text.table("language_model.model.", "language_model.lm_head."),
     )
     config = MultimodalConfig(vision, None, image_projector=projector, decoder=text.decoder)
     return System(config, table, text, unused("vision_tower."), token)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mm_jax.errors import UserError, nearest
-from mm_jax.families import clip, llama, mistral, qwen2, qwen3, siglip
+from mm_jax.families import clip, llama, mistral, opt, qwen2, qwen3, siglip
 from mm_jax.families.clip import Output
 from mm_jax.families.family import Text
 from mm_jax.models import ViTConfig
@@ -14,6 +14,7 @@ from mm_jax.models import ViTConfig
 DECODERS: dict[str, llama.Reader] = {
     "llama": llama.text,
     "mistral": mistral.text,
+    "opt": opt.text,
     "qwen2": qwen2.text,
     "qwen3": qwen3.text,
 }

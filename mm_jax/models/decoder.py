@@ -32,7 +32,7 @@ class DecoderConfig:
         before and behind each ("both", Gemma-2).
       inner_norm: one more norm in front of the last map of attention and MLP (Kosmos-2), see `Attention`.
       final_norm: norm after the last block.
-      qk_norm: RMS norm on query and key heads (Qwen3).
+      qk_norm: norm on query and key heads (Qwen3), of the kind `norm`.
       query_scale: factor on query x key; None for head_dim ** -0.5.
       attention_cap, logit_cap: bounds of the attention's and of the output's logits (Gemma-2); 0 for none.
       qkv_bias: biases on query, key and value (Qwen2); out_bias, mlp_bias: on the other projections.

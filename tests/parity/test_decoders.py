@@ -12,6 +12,7 @@ from tests.parity.checks import same_after_saving, same_greedy, same_logits  # n
 
 AUTO = "AutoModelForCausalLM"
 ROPE = {"rope_theta": 5000.0}
+OPT = dict(ffn_dim=40, num_key_value_heads=None, intermediate_size=None)
 # within 64 positions of the tiny models the blends of llama3 and yarn must have channels on both sides
 CASES = {
     "llama": ("Llama", {}),
@@ -58,11 +59,21 @@ CASES = {
         dict(head_dim=8, attention_bias=True, tie_word_embeddings=True, hidden_act="relu", use_sliding_window=True,
              sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
     ),
+    "opt": ("OPT", OPT),
+    "opt-post-norm": (
+        "OPT",
+        OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=20, activation_function="gelu", pad_token_id=3),
+    ),
+    "opt-plain": (
+        "OPT",
+        OPT | dict(enable_bias=False, layer_norm_elementwise_affine=False, tie_word_embeddings=False),
+    ),
+    "opt-no-final-norm": ("OPT", OPT | dict(_remove_final_layer_norm=True)),
 }  # fmt: skip
 
 
 # what touches positions, masks or the cache
-GREEDY = ("llama", "llama-dynamic", "llama-yarn-options", "mistral-window", "qwen2-window", "qwen3")
+GREEDY = ("llama", "llama-dynamic", "llama-yarn-options", "mistral-window", "qwen2-window", "qwen3", "opt")
 
 
 @pytest.mark.parametrize("case", CASES)
