@@ -12,11 +12,30 @@ To add one, write a file with a `FAMILY` (see `mm_jax.families.family`):
 import sys
 from types import ModuleType
 
-from mm_jax.families import clip, llama, llava, mistral, opt, qwen2, qwen3, siglip
+from mm_jax.families import (
+    clip,
+    intern_vit,
+    internlm2,
+    internlm3,
+    internvl,
+    llama,
+    llava,
+    mistral,
+    opt,
+    qwen2,
+    qwen3,
+    siglip,
+)
 from mm_jax.families.family import Family, System, Weight
 
 FAMILIES: dict[str, Family] = {
     "clip_vision_model": clip.FAMILY,
+    "intern_vit_6b": intern_vit.ORIGINAL,
+    "internlm2": internlm2.FAMILY,
+    "internlm3": internlm3.FAMILY,
+    "internvl": internvl.FAMILY,
+    "internvl_chat": internvl.ORIGINAL,
+    "internvl_vision": intern_vit.FAMILY,
     "llama": llama.FAMILY,
     "llava": llava.FAMILY,
     "mistral": mistral.FAMILY,

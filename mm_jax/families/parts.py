@@ -6,12 +6,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mm_jax.errors import UserError, nearest
-from mm_jax.families import clip, llama, mistral, opt, qwen2, qwen3, siglip
+from mm_jax.families import (
+    clip,
+    intern_vit,
+    internlm2,
+    internlm3,
+    llama,
+    mistral,
+    opt,
+    qwen2,
+    qwen3,
+    siglip,
+)
 from mm_jax.families.clip import Output
 from mm_jax.families.family import Text
 from mm_jax.models import ViTConfig
 
 DECODERS: dict[str, llama.Reader] = {
+    "internlm2": internlm2.text,
+    "internlm3": internlm3.text,
     "llama": llama.text,
     "mistral": mistral.text,
     "opt": opt.text,
@@ -20,16 +33,19 @@ DECODERS: dict[str, llama.Reader] = {
 }
 TOWERS: dict[str, Callable[[Mapping[str, Any], Output, str], ViTConfig]] = {
     "clip_vision_model": clip.tower,
+    "internvl_vision": intern_vit.tower,
     "siglip_vision_model": siglip.tower,
 }
 
 
-def read_text(values: Mapping[str, Any], tied: bool) -> Text:
-    """A text_config, that of a Llama where it names no model_type."""
-    kind = values.get("model_type", "llama")
+def read_text(
+    values: Mapping[str, Any], tied: bool, default: str = "llama", where: str = "text_config"
+) -> Text:
+    """The text config called `where`, that of a `default` where it names no model_type."""
+    kind = values.get("model_type", default)
     if kind not in DECODERS:
-        raise UserError(f'config.json: the text_config is of "{kind}"{nearest(kind, DECODERS)}')
-    return DECODERS[kind](values, tied, "config.json: text_config")
+        raise UserError(f'config.json: the {where} is of "{kind}"{nearest(kind, DECODERS)}')
+    return DECODERS[kind](values, tied, f"config.json: {where}")
 
 
 def read_tower(values: Mapping[str, Any], output: Output) -> ViTConfig:

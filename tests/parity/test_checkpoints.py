@@ -174,11 +174,11 @@ def test_refused_directories(tiny):
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_every_parameter_has_a_weight(kind, tmp_path):
     """The table of a family names exactly the parameters of its model."""
-    tiny_parts = {"clip_vision_model", "siglip_vision_model"}
-    values = {"model_type": kind, "num_hidden_layers": 2, "image_size": 32}
+    tiny_parts = {"clip_vision_model", "intern_vit_6b", "internvl_vision", "siglip_vision_model"}
+    values = {"model_type": kind, "num_hidden_layers": 2, "image_size": 224}
     if kind not in tiny_parts:
         del values["image_size"]
-    if kind == "llava":
+    if kind in ("llava", "internvl", "internvl_chat"):
         values = {"model_type": kind}
     for names in (frozenset(), frozenset({"lm_head.weight", "language_model.lm_head.weight"})):
         system = FAMILIES[kind].system(values, names)

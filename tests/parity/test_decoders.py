@@ -1,10 +1,14 @@
 """Text decoders against transformers."""
 
+import json
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
 import mm_jax  # noqa: E402
 from tests.parity import theirs  # noqa: E402
@@ -46,6 +50,7 @@ CASES = {
                "beta_slow": 0.5, "truncate": False, "mscale": 1.2, "mscale_all_dim": 0.7}
         ),
     ),
+    "internlm3": ("InternLM3", dict(head_dim=16, attention_bias=True, mlp_bias=True)),
     "mistral": ("Mistral", dict(sliding_window=None)),
     "mistral-window": ("Mistral", dict(sliding_window=5, head_dim=16, hidden_act="gelu_pytorch_tanh")),
     "qwen2": ("Qwen2", {}),
@@ -93,3 +98,28 @@ def test_matches_transformers(case, tmp_path):
         same_greedy(model, lm, left)
         ids = [lm.generate(lm.batch(**arrays), 16, ignore_eos=True) for arrays in (left, right)]
         assert np.array_equal(*ids)
+
+
+@pytest.mark.parametrize("kv_heads, bias", [(2, False), (1, True), (4, True)])
+def test_internlm2(kv_heads, bias, tmp_path):
+    """transformers has no class for it, but its numbers are those of a Llama with other names and fused weights."""
+    rope = ROPE | {"rope_type": "dynamic", "factor": 2.0}
+    options = dict(
+        num_key_value_heads=kv_heads, attention_bias=bias, rope_parameters=rope, max_position_embeddings=12
+    )
+    model = theirs.build(transformers.LlamaConfig(**theirs.TEXT | options), tmp_path / "llama")
+    tensors = load_file(tmp_path / "llama" / "model.safetensors")
+    values = theirs.as_internlm2(model.config.to_dict(), tensors)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text(json.dumps(values))
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "in" / "model.safetensors")
+    lm = mm_jax.load(tmp_path / "in")
+    assert lm.family == "internlm2"
+    left = theirs.rows(97, pad_left=True)
+    same_logits(model, lm, left)
+    if kv_heads == 2:
+        lm.generator.max_length = 64
+        same_greedy(model, lm, left)
+    mm_jax.save(lm, tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == tensors.keys() and all(np.array_equal(after[k], tensors[k]) for k in after)

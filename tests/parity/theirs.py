@@ -70,6 +70,71 @@ def rows(vocab: int, lengths=(9, 14), pad_left: bool = False, seed: int = 0) -> 
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def pictured(
+    places, token: int, each: int, size: tuple[int, int], *, pad_left: bool = False, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Rows of different lengths with pictures in them.
+
+    Args:
+      places: for each row (text token that it stands before, tiles) of each picture.
+      token: the image token; text tokens are smaller.
+      each: tokens of a tile.
+      size: (height, width) of a tile.
+    """
+    random = np.random.default_rng(seed)
+    texts, tiles = [], 0
+    for row, pieces in enumerate(places):
+        ids = random.integers(3, token, 6 + 3 * row).tolist()
+        for place, count in sorted(pieces, reverse=True):
+            ids[place:place] = [token] * (count * each)
+            tiles += count
+        texts.append(ids)
+    longest = max(map(len, texts))
+    arrays = {"input_ids": np.zeros((len(texts), longest), int)}
+    arrays["attention_mask"] = np.zeros_like(arrays["input_ids"])
+    for row, ids in enumerate(texts):
+        part = slice(longest - len(ids), longest) if pad_left else slice(0, len(ids))
+        arrays["input_ids"][row, part] = ids
+        arrays["attention_mask"][row, part] = 1
+    if tiles:
+        arrays["pixel_values"] = random.normal(size=(tiles, 3, *size)).astype(np.float32)
+    return arrays
+
+
+def as_internlm2(config: dict, tensors: dict[str, np.ndarray], prefix: str = "") -> dict:
+    """Renames a Llama's tensors in place to those of an InternLM2 with the same numbers, and gives its config."""
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    names = {
+        "model.embed_tokens": "model.tok_embeddings", "lm_head": "output", "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3", "mlp.down_proj": "feed_forward.w2",
+        "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for name in [n for n in tensors if n.startswith(prefix)]:
+        if "q_proj" in name:
+            parts = [tensors.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            # [groups, rows of a group, ...] side by side, so that each key/value head follows its queries
+            parts = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
+            fused = np.concatenate(parts, axis=1)
+            name = name.replace("self_attn.q_proj", "attention.wqkv")
+            tensors[name] = fused.reshape(-1, *fused.shape[2:])
+        elif "k_proj" not in name and "v_proj" not in name:
+            value = tensors.pop(name)
+            for one, two in names.items():
+                name = name.replace(one, two)
+            tensors[name] = value
+    assert heads % groups == 0
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "eos_token_id", "pad_token_id",
+            "hidden_act")  # fmt: skip
+    rope = config["rope_parameters"]
+    return {k: config[k] for k in kept} | {
+        "model_type": "internlm2",
+        "bias": config["attention_bias"],
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else {"type": rope["rope_type"], **rope},
+    }
+
+
 def logits(model, arrays: dict[str, np.ndarray]) -> np.ndarray:
     with torch.no_grad():
         return model(**{k: torch.from_numpy(v) for k, v in arrays.items()}).logits.float().numpy()
