@@ -126,7 +126,14 @@ class LanguageModel:
         """
         if messages is None:
             if self.checkpoint is not None and "tokens" not in arrays:
-                return batch_of(self.config, self.checkpoint.system.image_token_id, arrays)
+                system = self.checkpoint.system
+                return batch_of(
+                    self.config,
+                    arrays,
+                    system.image_token_id,
+                    system.video_token_id,
+                    system.positions_per_second,
+                )
             return self._complete(arrays)
         many = bool(len(messages)) and not isinstance(messages[0], dict | Message)
         rows = messages if many else [messages]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mm_jax.data.patches import PatchLayout
 from mm_jax.data.targets import NAMES
 from mm_jax.errors import UserError
 
@@ -56,6 +57,7 @@ class Layout:
     image_labels: (patches, label words) and audio_labels: (positions, label words) of the dense targets;
         None: the batch has none.
     names: the batch has an array of that name.
+    patches: how patches stand, of models that take pictures of any size; such a batch has no picture slots.
     pad_id: token id of padding.
     """
 
@@ -66,6 +68,7 @@ class Layout:
     image_labels: tuple[int, int] | None = None
     audio_labels: tuple[int, int] | None = None
     names: bool = False
+    patches: PatchLayout | None = None
     pad_id: int = 0
 
     @classmethod

@@ -23,6 +23,7 @@ from mm_jax.families import (
     mistral,
     opt,
     qwen2,
+    qwen2_vl,
     qwen3,
     siglip,
 )
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "opt": opt.FAMILY,
     "qwen2": qwen2.FAMILY,
+    "qwen2_vl": qwen2_vl.FAMILY,
     "qwen3": qwen3.FAMILY,
     "siglip_vision_model": siglip.FAMILY,
 }

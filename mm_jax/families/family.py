@@ -121,7 +121,9 @@ class System:
       text: None for a tower.
       unused: name patterns (as of `fnmatch`) of tensors that the model does not compute with. They are kept, and
         written back on saving.
-      image_token_id: the token that stands for one image feature.
+      image_token_id, video_token_id: the tokens that stand for one feature of a picture or of a video.
+      positions_per_second: how far the M-RoPE time moves within a second of video; 0: by one from each frame of the
+        grid to the next.
     """
 
     config: MultimodalConfig | ViTConfig
@@ -129,6 +131,8 @@ class System:
     text: Text | None = None
     unused: tuple[str, ...] = ()
     image_token_id: int | None = None
+    video_token_id: int | None = None
+    positions_per_second: float = 0.0
 
 
 @dataclass(frozen=True)

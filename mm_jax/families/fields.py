@@ -82,7 +82,7 @@ class Fields:
         """Base and scaling of the rotary embedding, in the spelling of version 5 or in that of hub files."""
         old = self("rope_scaling") if "rope_scaling" in self.values else None
         new = self("rope_parameters") if "rope_parameters" in self.values else None
-        theta = self("rope_theta") if "rope_theta" in self.values else 10_000.0
+        theta = self("rope_theta") if "rope_theta" in {*self.values, *self.defaults} else 10_000.0
         values = dict(old or new or {})
         kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
         values.pop("type", None)
@@ -93,6 +93,19 @@ class Fields:
         scaling = None if kind == "default" else _SCALINGS[kind](rope, max_length)
         rope.finish()
         return theta, scaling
+
+    def rope_sections(self, default: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+        """M-RoPE: how many frequencies each axis turns, and whether they take turns; to be called before `rope`."""
+        sections, interleaved = default, False
+        for name in ("rope_parameters", "rope_scaling"):
+            if rope := self.values.get(name):
+                rope = dict(rope)
+                sections = tuple(rope.pop("mrope_section", sections))
+                interleaved = rope.pop("mrope_interleaved", interleaved)
+                plain = {"mrope": "default"}  # the name that hub files have for it
+                rope |= {k: plain.get(rope[k], rope[k]) for k in ("type", "rope_type") if k in rope}
+                self.values = {**self.values, name: rope}
+        return sections, interleaved
 
     def unsupported(self, name: str, why: str = "") -> UserError:
         """The error for a value that we cannot compute with."""

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
+PATCH_KEYS = (
+    "patches", "patch_segment_ids", "patch_positions", "patch_table_index", "patch_table_weights",
+)  # fmt: skip
 # what the decoder reads; the rest of a training batch says how to train
 MODEL_KEYS = (
     "tokens", "segment_ids", "positions", "media_index", "pixel_values", "image_segment_ids", "audio_values",
-    "audio_frames", "audio_segment_ids",
+    "audio_frames", "audio_segment_ids", *PATCH_KEYS,
 )  # fmt: skip
 
 
@@ -33,6 +36,13 @@ def length_bucket(length: int) -> int:
 def count_bucket(count: int) -> int:
     """The next power of two, 0 for 0: sizes for rows and media slots."""
     return 0 if count == 0 else 1 << (count - 1).bit_length()
+
+
+def patch_bucket(slots: int, block: int) -> int:
+    """Slots for patches: a multiple of `block`, of which every power of two is divided into four sizes."""
+    blocks = -(-slots // block)
+    step = 1 << max(blocks.bit_length() - 3, 0)
+    return -(-blocks // step) * step * block
 
 
 def collate_prompts(
@@ -70,7 +80,8 @@ TOKEN_KEYS = ("tokens", "segment_ids", "positions", "media_index")
 def left_aligned(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The batch with the padding of each row moved behind its tokens."""
     order = np.argsort(np.asarray(batch["segment_ids"]) == 0, axis=1, kind="stable")
-    moved = {key: np.take_along_axis(np.asarray(batch[key]), order, 1) for key in TOKEN_KEYS if key in batch}
+    rows = np.arange(len(order))[:, None]
+    moved = {key: np.asarray(batch[key])[rows, order] for key in TOKEN_KEYS if key in batch}
     return {**batch, **moved}
 
 
@@ -78,15 +89,23 @@ def pad_batch(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, np.ndar
     """A batch of one conversation a row with rows, length and media slots rounded up to listed sizes."""
     batch = {key: np.asarray(batch[key]) for key in MODEL_KEYS if key in batch}
     rows, length = batch["tokens"].shape
-    images = batch["pixel_values"].shape[1] if "pixel_values" in batch else 0
-    shift = (count_bucket(images) - images) * layout.image_tokens
+    sizes = dict.fromkeys(TOKEN_KEYS, length_bucket(length))
+    if "patches" in batch:
+        before = batch["patches"].shape[1]
+        after = patch_bucket(before, layout.patches.block)
+        sizes |= dict.fromkeys(PATCH_KEYS, after)
+        each = layout.patches.merge**2
+        before, after = before // each, after // each
+    else:
+        images = batch["pixel_values"].shape[1] if "pixel_values" in batch else 0
+        before, after = (n * layout.image_tokens for n in (images, count_bucket(images)))
     index = batch["media_index"]
-    # clips come after the picture slots, so more slots move them
-    batch["media_index"] = np.where(index >= images * layout.image_tokens, index + shift, index)
+    # clips come after the pictures, so more room for those moves them
+    batch["media_index"] = np.where(index >= before, index + after - before, index)
     fills = {"tokens": layout.pad_id, "media_index": -1}
     padded = {}
     for key, array in batch.items():
-        second = length_bucket(length) if key in TOKEN_KEYS else count_bucket(array.shape[1])
+        second = sizes[key] if key in sizes else count_bucket(array.shape[1])
         widths = [(0, count_bucket(rows) - rows), (0, second - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
         padded[key] = np.pad(array, widths, constant_values=fills.get(key, 0))
     return padded

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from mm_jax.data.packing import Layout
 from mm_jax.errors import UserError
-from mm_jax.inference.batch import left_aligned, length_bucket, pad_batch
+from mm_jax.inference.batch import PATCH_KEYS, left_aligned, length_bucket, pad_batch
 from mm_jax.inference.sampling import Controls, Sampling, sample
 from mm_jax.models import MultimodalLM, init_cache
 
@@ -169,7 +170,8 @@ def answer_ids(output: np.ndarray, stop_ids: tuple[int, ...]) -> list[int]:
 
 def _inputs(batch: Batch) -> list[str]:
     keys = ["tokens", "segment_ids", "positions"]
-    media = [key for key in ("pixel_values", "audio_values", "audio_frames") if key in batch]
+    names = ("pixel_values", "audio_values", "audio_frames", *PATCH_KEYS)
+    media = [key for key in names if key in batch]
     return keys + (["media_index", *media] if media else [])
 
 
@@ -197,7 +199,11 @@ def _prefill(
     logits, cache = self.model.apply({"params": params}, batch, cache, starts, method="extend")
     counts = jnp.sum(batch["segment_ids"] > 0, axis=1, dtype=jnp.int32)
     last = jnp.maximum(counts - 1, 0)[:, None]
-    positions = jnp.take_along_axis(batch["positions"], last, axis=1)[:, 0] + 1
+    # of all tokens, because those of media (M-RoPE) may be further than the last one
+    reached = jnp.where(
+        batch["segment_ids"] > 0, rearrange(batch["positions"], "b s ... -> b s (...)").max(-1), -1
+    )
+    positions = jnp.max(reached, axis=1) + 1
     tokens = sample(jnp.take_along_axis(logits, last[..., None], axis=1)[:, 0], controls, positions)
     empty = counts == 0
     tokens = jnp.where(empty, self.layout.pad_id, tokens)

@@ -6,13 +6,15 @@ from mm_jax.models.decoder import Decoder, DecoderConfig, init_cache
 from mm_jax.models.heads import DenseHeads, HeadConfig
 from mm_jax.models.layers import MLP, Attention, EncoderBlock
 from mm_jax.models.multimodal import MultimodalConfig, MultimodalLM, dummy_batch, splice
+from mm_jax.models.native import NativeViT, NativeViTConfig
 from mm_jax.models.projectors import MLPProjector, ProjectorConfig, Resampler
-from mm_jax.models.rotary import RopeScaling, rotate, rotation
+from mm_jax.models.rotary import RopeScaling, axial_rotation, channel_axes, rotate, rotation
 from mm_jax.models.vision import VisionTransformer, ViTConfig
 
 __all__ = [
     "MLP", "Attention", "AudioEncoder", "AudioEncoderConfig", "Decoder", "DecoderConfig", "DenseHeads", "EncoderBlock",
-    "HeadConfig", "MLPProjector", "MultimodalConfig", "MultimodalLM", "ProjectorConfig", "Resampler", "RopeScaling",
-    "ViTConfig", "VisionTransformer", "attention", "attention_mask", "attention_weights", "dummy_batch", "init_cache",
-    "rotate", "rotation", "splice", "window_mask",
+    "HeadConfig", "MLPProjector", "MultimodalConfig", "MultimodalLM", "NativeViT", "NativeViTConfig",
+    "ProjectorConfig", "Resampler", "RopeScaling", "ViTConfig", "VisionTransformer", "attention", "attention_mask",
+    "attention_weights", "axial_rotation", "channel_axes", "dummy_batch", "init_cache", "rotate", "rotation", "splice",
+    "window_mask",
 ]  # fmt: skip

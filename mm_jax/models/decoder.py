@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mm_jax.models.attention import window_mask
 from mm_jax.models.layers import MLP, NORMS, Activation, Attention, Norm, sinusoids, stack
-from mm_jax.models.rotary import RopeScaling, Rotation, rotation
+from mm_jax.models.rotary import RopeScaling, Rotation, channel_axes, rotation
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class DecoderConfig:
       positions: rotary, or added to the embeddings: a learned table, or sines and cosines.
       num_positions: rows of that table; position p takes row p + position_offset.
       rope_scaling: how rotary frequencies are stretched for long texts.
+      rope_sections: how many rotary frequencies the time, the row and the column of a position turn (M-RoPE); empty
+        for positions along one axis. rope_interleaved: they take turns, see `channel_axes`.
       local_theta: base of the rotary embedding, unscaled, in layers with a window (Gemma-3); 0: as in the others.
       windows: for each layer, how many tokens back it looks, itself included; 0 for all. Empty: every layer sees all.
       norm: kind of all norms, see `mm_jax.models.layers.NORMS`.
@@ -55,6 +57,8 @@ class DecoderConfig:
     position_offset: int = 0
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    rope_sections: tuple[int, ...] = ()
+    rope_interleaved: bool = False
     local_theta: float = 0.0
     windows: tuple[int, ...] = ()
     norm: Norm = "rms"
@@ -72,6 +76,9 @@ class DecoderConfig:
 
 
 Cache = dict[str, jax.Array]
+# Features [K, B, P, D] for the first K layers, and int32 [B, T], which of them a position takes, -1 for none: DeepStack
+# (Meng et al. 2024).
+Deep = tuple[jax.Array, jax.Array]
 
 
 def init_cache(config: DecoderConfig, rows: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
@@ -96,14 +103,16 @@ class DecoderBlock(nn.Module):
         x: jax.Array,
         cache: tuple[jax.Array, jax.Array] | None,
         window: jax.Array | None,
+        number: jax.Array | None,
         mask: jax.Array,
         always: jax.Array | None,
         turned: Rotation | None,
         local: Rotation | None,
         slots: jax.Array,
         starts: jax.Array | None,
+        deep: Deep | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """[B, T, D] and this layer's cache and window -> [B, T, D] and the cache, advanced.
+        """[B, T, D] and this layer's cache, window and number -> [B, T, D] and the cache, advanced.
 
         `local` is the rotation where there is a window; `always` is seen whatever the window.
         """
@@ -130,7 +139,20 @@ class DecoderBlock(nn.Module):
         y, cache = attend(y, mask=mask, turned=turned, cache=cache, starts=starts)
         x = norm("attention_norm", x + norm("attention_out_norm", y, behind), after)
         y = mlp(norm("mlp_norm", x, not after))
-        return norm("mlp_norm", x + norm("mlp_out_norm", y, behind), after), cache
+        x = norm("mlp_norm", x + norm("mlp_out_norm", y, behind), after)
+        return (x if deep is None else _deepened(x, number, deep)), cache
+
+
+def _deepened(x: jax.Array, number: jax.Array, deep: Deep) -> jax.Array:
+    """The output of layer `number`, with the features that are meant for it."""
+    features, index = deep
+    count = len(features)
+
+    def add(x: jax.Array) -> jax.Array:
+        taken = jnp.take_along_axis(features[jnp.minimum(number, count - 1)], index[..., None], axis=1)
+        return x + jnp.where(index[..., None] >= 0, taken, 0).astype(x.dtype)
+
+    return jax.lax.cond(number < count, add, lambda x: x, x)
 
 
 class Decoder(nn.Module):
@@ -150,7 +172,7 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             init = nn.initializers.normal(0.02)
             self.positions = nn.Embed(c.num_positions, c.embed_dim, dtype=self.dtype, embedding_init=init)
-        self.layers = stack(DecoderBlock, c.num_layers, 0, 0, *[nn.broadcast] * 6)(c, self.dtype)
+        self.layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 7)(c, self.dtype)
         if c.final_norm:
             self.norm = NORMS[c.norm](c.norm_eps, self.dtype, None)
         if not c.tie_embeddings:
@@ -169,16 +191,18 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         starts: jax.Array | None = None,
         always: jax.Array | None = None,
+        deep: Deep | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Run the blocks and the final norm.
 
         Args:
           x: [B, T, D] embeddings with media spliced in.
           mask: bool [B, 1, T, S], S = T or the cache length; windows narrow it.
-          positions: int32 [B, T].
+          positions: int32 [B, T], or [B, T, 3] where there are rope_sections.
           cache: from `init_cache`; its keys and values are advanced, its segment ids are the caller's.
           starts: int32 [B], see `Attention`.
           always: bool [B, 1, T, S], what is seen besides, whatever the windows.
+          deep: media features that the first layers add behind themselves.
 
         Returns:
           [B, T, D] and the advanced cache.
@@ -188,13 +212,15 @@ class Decoder(nn.Module):
         windows = jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None
         turned = local = None
         if c.positions == "rotary":
-            turned = rotation(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+            axes = channel_axes(c.rope_sections, c.rope_interleaved) if c.rope_sections else None
+            turned = rotation(positions, c.head_dim, c.rope_theta, c.rope_scaling, axes)
             if c.local_theta:
                 local = rotation(positions, c.head_dim, c.local_theta)
         else:
             x = x + self._places(positions + c.position_offset)
         slots = jnp.arange(x.shape[1])[None] + (0 if starts is None else starts[:, None])
-        x, layers = self.layers(x, layers, windows, mask, always, turned, local, slots, starts)
+        number = None if deep is None else jnp.arange(c.num_layers)
+        x, layers = self.layers(x, layers, windows, number, mask, always, turned, local, slots, starts, deep)
         if cache is not None:
             cache = cache | {"key": layers[0], "value": layers[1]}
         return self.norm(x) if c.final_norm else x, cache

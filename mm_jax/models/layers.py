@@ -128,6 +128,7 @@ class Attention(nn.Module):
         cache: tuple[jax.Array, jax.Array] | None = None,
         starts: jax.Array | None = None,
         key_places: jax.Array | None = None,
+        core: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Attend.
 
@@ -140,6 +141,7 @@ class Attention(nn.Module):
             `starts[b] .. starts[b] + T - 1` and attention reads the whole cache.
           starts: int32 [B].
           key_places: [S, C] added to the context for the keys alone, so that a query can look for a place.
+          core: takes query, key and value to their result in place of `attention` under `mask`.
 
         Returns:
           [B, T, D] and the updated cache (None when none was given).
@@ -169,7 +171,10 @@ class Attention(nn.Module):
         if self.is_mutable_collection("intermediates"):
             weights = attention_weights(query, key, mask, self.scale, self.cap)
             self.sow("intermediates", "attention_weights", weights)
-        out = attention(query, key, value, mask, self.scale, self.cap)
+        if core is None:
+            out = attention(query, key, value, mask, self.scale, self.cap)
+        else:
+            out = core(query, key, value)
         out = rearrange(out, "b t n h -> b t (n h)")
         if self.inner_norm:
             out = layer_norm(self.norm_eps, self.dtype, "inner_norm")(out)

@@ -9,8 +9,9 @@ from einops import rearrange
 
 from mm_jax.models.attention import attention_mask
 from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
-from mm_jax.models.decoder import Cache, Decoder, DecoderConfig
+from mm_jax.models.decoder import Cache, Decoder, DecoderConfig, Deep
 from mm_jax.models.heads import DenseHeads, HeadConfig
+from mm_jax.models.native import NativeViT, NativeViTConfig
 from mm_jax.models.projectors import PROJECTORS, ProjectorConfig
 from mm_jax.models.vision import VisionTransformer, ViTConfig
 
@@ -22,22 +23,31 @@ class MultimodalConfig:
     """What a model is made of. A part that is None does not exist; its projector is then ignored.
 
     Attributes:
+      deep_projector: of the features that the vision tower's taps give to the decoder's first layers (DeepStack).
       heads: dense-target heads over the encoders, for training them; None when the encoders come trained.
       dtype: compute dtype of every part; parameters are float32.
     """
 
-    vision: ViTConfig | None = field(default_factory=ViTConfig)
+    vision: ViTConfig | NativeViTConfig | None = field(default_factory=ViTConfig)
     audio: AudioEncoderConfig | None = field(default_factory=AudioEncoderConfig)
     image_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(2, 2)))
     audio_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(8, 1)))
+    deep_projector: ProjectorConfig | None = None
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     heads: HeadConfig | None = None
     dtype: str = "float32"
 
     @property
+    def native(self) -> bool:
+        """Whether pictures come as patches of any number, instead of slots of one size."""
+        return isinstance(self.vision, NativeViTConfig)
+
+    @property
     def image_tokens(self) -> int:
         """Pseudo-tokens of one image slot."""
-        return 0 if self.vision is None else self.image_projector.num_tokens(self.vision.feature_grid)
+        if self.vision is None or self.native:
+            return 0
+        return self.image_projector.num_tokens(self.vision.feature_grid)
 
     @property
     def audio_tokens(self) -> int:
@@ -61,7 +71,15 @@ def dummy_batch(config: MultimodalConfig) -> dict[str, jax.Array]:
     """A batch of one row with one slot of every medium, to initialise from."""
     ones = jnp.ones((1, 8), jnp.int32)
     batch = {"tokens": ones, "segment_ids": ones, "positions": ones, "media_index": -ones}
-    if (v := config.vision) is not None:
+    if (v := config.vision) is not None and config.native:
+        slots = (1, v.block)
+        batch["patches"] = jnp.zeros((*slots, v.patch_dim))
+        batch["patch_segment_ids"] = jnp.ones(slots, jnp.int32)
+        batch["patch_positions"] = jnp.zeros((*slots, 2), jnp.int32)
+        if v.table_side:
+            batch["patch_table_index"] = jnp.zeros((*slots, 4), jnp.int32)
+            batch["patch_table_weights"] = jnp.zeros((*slots, 4))
+    elif v is not None:
         batch["pixel_values"] = jnp.zeros((1, 1, v.height, v.width, 3))
     if (a := config.audio) is not None:
         batch["audio_values"] = jnp.zeros((1, 1, a.max_frames, a.num_mels))
@@ -74,7 +92,9 @@ class MultimodalLM(nn.Module):
 
     A batch holds tokens, segment_ids, positions, media_index int32 [B, S] and, where rows have slots for them,
     pixel_values [B, N, H, W, 3] and audio_values [B, M, F, mels] with audio_frames [B, M]. The features of a row are
-    [N * image_tokens | M * audio_tokens] in this order.
+    [N * image_tokens | M * audio_tokens] in this order. A native-resolution tower takes patches [B, P, patch_dim] and
+    the other arguments of `NativeViT` as patch_... instead of pixel_values, and gives P / merge**2 features.
+    Positions are [B, S, 3] for a decoder with rope_sections; [B, S] there means text alone.
     """
 
     config: MultimodalConfig
@@ -84,14 +104,31 @@ class MultimodalLM(nn.Module):
         dtype = jnp.dtype(c.dtype)
         width = c.decoder.embed_dim
         if c.vision is not None:
-            self.vision = VisionTransformer(c.vision, dtype)
+            self.vision = (NativeViT if c.native else VisionTransformer)(c.vision, dtype)
             self.image_projector = PROJECTORS[c.image_projector.kind](c.image_projector, width, dtype)
+        if c.deep_projector is not None:
+            several = nn.vmap(
+                PROJECTORS[c.deep_projector.kind],
+                in_axes=(0, None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                axis_size=len(c.vision.taps),
+            )
+            self.deep_projector = several(c.deep_projector, width, dtype)
         if c.audio is not None:
             self.audio = AudioEncoder(c.audio, dtype)
             self.audio_projector = PROJECTORS[c.audio_projector.kind](c.audio_projector, width, dtype)
         if c.heads is not None:
             self.heads = DenseHeads(c.heads, dtype)
         self.decoder = Decoder(c.decoder, dtype)
+
+    def _native_features(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """Projected features [B, F, D], and those for the decoder's first layers [K, B, F, D] or None."""
+        names = ("segment_ids", "positions", "table_index", "table_weights")
+        x, taps = self.vision(batch["patches"], *(batch.get(f"patch_{name}") for name in names))
+        grid = (x.shape[1], 1)
+        deep = None if self.config.deep_projector is None else self.deep_projector(taps, grid)
+        return self.image_projector(x, grid), deep
 
     def _image_features(self, batch: Batch) -> jax.Array:
         """[B * N, patches, C]"""
@@ -104,8 +141,16 @@ class MultimodalLM(nn.Module):
 
     def encode(self, batch: Batch) -> jax.Array | None:
         """The projected media features of each row: [B, N * image_tokens + M * audio_tokens, D]; None without media."""
+        return self._encode(batch)[0]
+
+    def _encode(self, batch: Batch) -> tuple[jax.Array | None, jax.Array | None]:
+        """`encode`, and the features of pictures for the decoder's first layers."""
         rows = batch["tokens"].shape[0]
-        features = []
+        features, deep = [], None
+        if "patches" in batch:
+            with jax.named_scope("image"):
+                projected, deep = self._native_features(batch)
+            features.append(projected)
         if "pixel_values" in batch:
             with jax.named_scope("image"):
                 grid = self.config.vision.feature_grid
@@ -118,7 +163,7 @@ class MultimodalLM(nn.Module):
                 real = jnp.arange(encoded.shape[1]) < (frames + 1) // 2
                 projected = self.audio_projector(encoded, (encoded.shape[1], 1), real)
             features.append(rearrange(projected, "(b m) t d -> b (m t) d", b=rows))
-        return jnp.concatenate(features, axis=1) if features else None
+        return (jnp.concatenate(features, axis=1) if features else None), deep
 
     def dense(self, batch: Batch) -> dict[str, jax.Array]:
         """Logits of the dense targets.
@@ -137,10 +182,15 @@ class MultimodalLM(nn.Module):
             )
         return outputs
 
-    def _embed(self, batch: Batch) -> jax.Array:
+    def _embed(self, batch: Batch) -> tuple[jax.Array, Deep | None]:
         embeddings = self.decoder.embed(batch["tokens"])
-        features = self.encode(batch)
-        return embeddings if features is None else splice(embeddings, features, batch["media_index"])
+        features, deep = self._encode(batch)
+        if features is None:
+            return embeddings, None
+        index = batch["media_index"]
+        if deep is not None:
+            deep = deep, jnp.where(index < deep.shape[2], index, -1)  # clips come after the pictures
+        return splice(embeddings, features, index), deep
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Logits float32 [B, S, vocab] of packed rows; segments do not see each other."""
@@ -150,7 +200,8 @@ class MultimodalLM(nn.Module):
         rows, length = segments.shape
         slots = jnp.broadcast_to(jnp.arange(length), (rows, length))
         mask = attention_mask(segments, segments, slots, length)
-        x, _ = self.decoder.hidden(self._embed(batch), mask, batch["positions"])
+        x, deep = self._embed(batch)
+        x, _ = self.decoder.hidden(x, mask, batch["positions"], deep=deep)
         return self.decoder.logits(x)
 
     def extend(self, batch: Batch, cache: Cache, starts: jax.Array) -> tuple[jax.Array, Cache]:
@@ -169,5 +220,6 @@ class MultimodalLM(nn.Module):
         cache = cache | {"segment_ids": write(cache["segment_ids"], segments, starts)}
         slots = starts[:, None] + jnp.arange(segments.shape[1])
         mask = attention_mask(segments, cache["segment_ids"], slots, cache["segment_ids"].shape[1])
-        x, cache = self.decoder.hidden(self._embed(batch), mask, batch["positions"], cache, starts)
+        x, deep = self._embed(batch)
+        x, cache = self.decoder.hidden(x, mask, batch["positions"], cache, starts, deep)
         return self.decoder.logits(x), cache

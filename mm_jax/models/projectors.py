@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from mm_jax.models.layers import ACTIVATIONS, MLP, Activation, Attention, layer_norm, sincos_2d
+from mm_jax.models.layers import ACTIVATIONS, MLP, NORMS, Activation, Attention, Norm, sincos_2d
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class ProjectorConfig:
       hidden_dim: width of the hidden layer of the mlp and of the resampler's attention.
       num_queries, num_heads: of the resampler; it gives num_queries tokens whatever the grid.
       order: linear and mlp give their tokens row by row or column by column (the first InternVL with pixel shuffle).
-      norm, use_bias: layer norm before, and biases on, the maps of linear and mlp.
-      norm_eps: of that layer norm.
+      norm: of linear and mlp, before the maps: of what has been merged or, with norm_each, of each feature before it
+        is merged.
+      norm_kind, norm_eps: of that norm.
+      use_bias: biases on the maps of linear and mlp.
     """
 
     kind: Literal["linear", "mlp", "resampler"] = "mlp"
@@ -34,6 +36,8 @@ class ProjectorConfig:
     activation: Activation = "gelu_tanh"
     order: Literal["rows", "columns"] = "rows"
     norm: bool = True
+    norm_each: bool = False
+    norm_kind: Norm = "layer"
     use_bias: bool = True
     norm_eps: float = 1e-6
 
@@ -59,12 +63,15 @@ class MLPProjector(nn.Module):
         """[N, rows * cols, C] -> [N, tokens, features]. `mask` is accepted for the common interface."""
         c = self.config
         order = {"rows": "h w", "columns": "w h"}[c.order]
+        norm = NORMS[c.norm_kind](c.norm_eps, self.dtype, "norm")
+        if c.norm and c.norm_each:
+            x = norm(x)
         x = rearrange(
             x, f"n (h a w b) c -> n ({order}) (a b c)", h=grid[0] // c.merge[0], a=c.merge[0], b=c.merge[1],
             w=grid[1] // c.merge[1],
         )  # fmt: skip
-        if c.norm:
-            x = layer_norm(c.norm_eps, self.dtype, "norm")(x)
+        if c.norm and not c.norm_each:
+            x = norm(x)
         if c.kind == "mlp":
             hidden = nn.Dense(c.hidden_dim, use_bias=c.use_bias, dtype=self.dtype, name="hidden")
             x = ACTIVATIONS[c.activation](hidden(x))

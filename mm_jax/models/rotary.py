@@ -42,12 +42,17 @@ class RopeScaling:
 
 
 def rotation(
-    positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+    positions: jax.Array,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    axes: np.ndarray | None = None,
 ) -> Rotation:
     """Sines and cosines of the angles position * frequency, with frequencies theta ** (-2 i / head_dim).
 
     Args:
-      positions: int32 [B, T].
+      positions: int32 [B, T], or [B, T, 3] along several axes (M-RoPE).
+      axes: int [H / 2], the axis whose position turns each frequency, see `channel_axes`; needed for several.
       scaling: with kind "dynamic" the largest position of the whole batch decides, as in the reference.
     """
     frequencies = _frequencies(head_dim, theta)
@@ -55,8 +60,35 @@ def rotation(
     if scaling is not None:
         frequencies = _SCALED[scaling.kind](frequencies, head_dim, theta, scaling, positions)
         magnitude = scaling.magnitude
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    turning = positions[..., None] if positions.ndim == 2 else positions[..., axes]
+    angles = turning[..., None, :].astype(jnp.float32) * frequencies
     return jnp.sin(angles) * magnitude, jnp.cos(angles) * magnitude
+
+
+def channel_axes(sections: tuple[int, ...], interleaved: bool) -> np.ndarray:
+    """Which axis of [time, row, column] turns each frequency: int [sum(sections)].
+
+    In blocks (Qwen2-VL section 2.1), or in turns, time taking the rest where the others have run out (Qwen3-VL).
+
+    >>> channel_axes((2, 3, 3), False)
+    array([0, 0, 1, 1, 1, 2, 2, 2])
+    >>> channel_axes((4, 2, 2), True)
+    array([0, 1, 2, 0, 1, 2, 0, 0])
+    """
+    axes = np.repeat(np.arange(len(sections)), sections)
+    if interleaved:
+        axes[:] = 0
+        for axis in (1, 2):
+            axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
+
+
+def axial_rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
+    """Each axis of positions int32 [B, T, A] turns its own head_dim / A channels (2-D rotary of Qwen2-VL's tower)."""
+    axes = positions.shape[-1]
+    turned = [rotation(positions[..., axis], head_dim // axes, theta) for axis in range(axes)]
+    sines, cosines = zip(*turned, strict=True)
+    return jnp.concatenate(sines, axis=-1), jnp.concatenate(cosines, axis=-1)
 
 
 def rotate(x: jax.Array, turned: Rotation) -> jax.Array:

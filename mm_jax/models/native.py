@@ -1,0 +1,158 @@
+"""The image encoder for pictures and videos of any size and shape."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from mm_jax.models.attention import attention, attention_mask
+from mm_jax.models.layers import MLP, NORMS, Activation, Attention, Norm, stack
+from mm_jax.models.rotary import Rotation, axial_rotation
+
+
+@dataclass(frozen=True)
+class NativeViTConfig:
+    """Sizes and options of a native-resolution Vision Transformer.
+
+    Attributes:
+      patch_size: pixels of a patch's side; frames: pictures that one patch spans in time.
+      merge: the patches of a merge x merge square stand next to each other, for the projector to join them.
+      gated: MLP with a gate.
+      norm: of the blocks.
+      table_side: a learned table of table_side x table_side positions, stretched over each picture (Qwen3-VL); 0: none.
+      window: side in patches of the squares that attention stays in, except in `full_layers`; 0: it sees the whole
+        frame in every layer.
+      taps: give out the hidden states after these blocks too (0 is the first block), for the decoder's first layers.
+    """
+
+    patch_size: int = 14
+    frames: int = 2
+    merge: int = 2
+    embed_dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    mlp_dim: int = 512
+    activation: Activation = "quick_gelu"
+    gated: bool = False
+    norm: Norm = "layer"
+    norm_eps: float = 1e-6
+    patch_bias: bool = False
+    rope_theta: float = 10_000.0
+    table_side: int = 0
+    window: int = 0
+    full_layers: tuple[int, ...] = ()
+    taps: tuple[int, ...] = ()
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch: channels x frames x rows x columns."""
+        return 3 * self.frames * self.patch_size**2
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of a feature."""
+        return self.embed_dim
+
+    @property
+    def block(self) -> int:
+        """Patches that a number of slots must be a multiple of."""
+        return (self.window or self.merge) ** 2
+
+
+def _windowed(segment_ids: jax.Array, slots: int):
+    """Attention within runs of `slots` patches: the host has laid them out so that each run is a window."""
+    ids = rearrange(segment_ids, "b (w s) -> (b w) s", s=slots)
+    mask = attention_mask(ids, ids, None, slots)
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        query, key, value = (rearrange(x, "b (w s) n h -> (b w) s n h", s=slots) for x in (query, key, value))
+        out = attention(query, key, value, mask)
+        return rearrange(out, "(b w) s n h -> b (w s) n h", b=len(segment_ids))
+
+    return attend
+
+
+class NativeBlock(nn.Module):
+    """Pre-norm block with rotary positions, over whole frames or within windows."""
+
+    config: NativeViTConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, full: jax.Array | None, segment_ids: jax.Array, turned: Rotation
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """[B, P, D], does this layer see whole frames (None: all do) -> [B, P, D], and again for the taps."""
+        c = self.config
+
+        def norm(name: str) -> nn.Module:
+            return NORMS[c.norm](c.norm_eps, self.dtype, name)
+
+        mask = attention_mask(segment_ids, segment_ids, None, x.shape[1])
+        core = None
+        if full is not None:
+            narrow = _windowed(segment_ids, c.block)
+
+            # the backward pass computes the weights again: else every layer would keep those of whole frames
+            @jax.checkpoint
+            def core(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+                wide = lambda q, k, v: attention(q, k, v, mask)  # noqa: E731
+                return jax.lax.cond(full, wide, narrow, query, key, value)
+
+        attend = Attention(
+            c.num_heads, c.num_heads, c.embed_dim // c.num_heads, dtype=self.dtype, name="attention"
+        )
+        x = x + attend(norm("attention_norm")(x), mask=mask, turned=turned, core=core)[0]
+        mlp = MLP(c.mlp_dim, c.activation, c.gated, dtype=self.dtype, name="mlp")
+        x = x + mlp(norm("mlp_norm")(x))
+        return x, x if c.taps else None
+
+
+class NativeViT(nn.Module):
+    """ViT over patches of many pictures in one row, with 2-D rotary positions (Qwen2-VL; with its options Qwen2.5-VL,
+    whose layers look through windows, and Qwen3-VL, which adds a learned table and DeepStack taps).
+
+    The host decides the layout (see `mm_jax.data.patches`): which patch stands where, its place in its picture, and the
+    frame that it belongs to. Only patches of the same frame see each other, so a row holds any number of pictures.
+    """
+
+    config: NativeViTConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        patches: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        table_index: jax.Array | None = None,
+        table_weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Encode the patches of each row.
+
+        Args:
+          patches: float [B, P, patch_dim], normalised; channels, frames, rows, columns in this order.
+          segment_ids: int32 [B, P], the frame of each patch, 0 for padding.
+          positions: int32 [B, P, 2], row and column.
+          table_index, table_weights: int32 and float [B, P, 4], the entries of the learned table that a patch's
+            position is mixed of; needed where there is one.
+
+        Returns:
+          [B, P, embed_dim], and the hidden states of the taps [taps, B, P, embed_dim] or None.
+        """
+        c = self.config
+        x = nn.Dense(c.embed_dim, use_bias=c.patch_bias, dtype=self.dtype, name="patch_embed")(patches)
+        if c.table_side:
+            shape = (c.table_side**2, c.embed_dim)
+            table = self.param("positions", nn.initializers.normal(0.02), shape)
+            mixed = jnp.einsum("bpkd,bpk->bpd", table[table_index], table_weights.astype(table.dtype))
+            x = x + mixed.astype(self.dtype)
+        turned = axial_rotation(positions, c.embed_dim // c.num_heads, c.rope_theta)
+        full = None
+        if c.window and len(c.full_layers) < c.num_layers:
+            full = jnp.isin(jnp.arange(c.num_layers), jnp.asarray(c.full_layers, jnp.int32))
+        layers = stack(NativeBlock, c.num_layers, 0, nn.broadcast, nn.broadcast)(c, self.dtype, name="layers")
+        x, states = layers(x, full, segment_ids, turned)
+        return x, states[jnp.asarray(c.taps)] if c.taps else None
