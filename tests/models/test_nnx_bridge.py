@@ -23,6 +23,8 @@ from mm_jax.models import (
     MLPProjector,
     MultimodalConfig,
     MultimodalLM,
+    NativeViT,
+    NativeViTConfig,
     ProjectorConfig,
     Resampler,
     VisionTransformer,
@@ -30,6 +32,7 @@ from mm_jax.models import (
 )
 
 VIT = ViTConfig(8, 8, 4, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8)
+NATIVE = NativeViTConfig(2, 1, 1, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8, window=2, full_layers=(1,))
 AUDIO = AudioEncoderConfig(3, 8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8)
 DECODER = DecoderConfig(11, embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8)
 
@@ -54,6 +57,7 @@ CASES = {
     "Attention": (Attention(2, 1, 4), (X,), None),
     "EncoderBlock": (EncoderBlock(2, 8), (X, MASK), None),
     "VisionTransformer": (VisionTransformer(VIT), (BATCH["pixel_values"][0],), None),
+    "NativeViT": (NativeViT(NATIVE), (random(1, 4, 12), IDS // 2, np.stack([IDS, IDS], -1)), None),
     "AudioEncoder": (AudioEncoder(AUDIO), (BATCH["audio_values"][0], np.array([5])), None),
     "MLPProjector": (MLPProjector(ProjectorConfig(merge=(2, 1), hidden_dim=4), 6), (X, (2, 2)), None),
     "Resampler": (
