@@ -10,7 +10,6 @@ from mm_jax.errors import UserError
 from mm_jax.families.family import LINEAR, Family, Part, System, Text, Weight
 from mm_jax.families.fields import Fields
 from mm_jax.families.llama import common
-from mm_jax.families.llama import weights as decoder_weights
 from mm_jax.families.qwen2 import DEFAULTS as QWEN2
 from mm_jax.families.qwen2 import windows
 from mm_jax.models import MultimodalConfig, NativeViTConfig, ProjectorConfig
@@ -170,7 +169,7 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
         *norm("visual.merger.ln_q", "image_projector/norm"),
         *affine("visual.merger.mlp.0", "image_projector/hidden"),
         *affine("visual.merger.mlp.2", "image_projector/out"),
-        *decoder_weights(text_.decoder),
+        *text_.table("model.", "lm_head."),
     )
     projector = merger(config, out, text_.decoder.embed_dim)
     model = MultimodalConfig(config, None, image_projector=projector, decoder=text_.decoder)

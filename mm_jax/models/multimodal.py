@@ -23,19 +23,19 @@ class MultimodalConfig:
     """What a model is made of. A part that is None does not exist; its projector is then ignored.
 
     Attributes:
-      deep_projector: of the features that the vision tower's taps give to the decoder's first layers (DeepStack).
       heads: dense-target heads over the encoders, for training them; None when the encoders come trained.
       dtype: compute dtype of every part; parameters are float32.
+      deep_projector: of the features that the vision tower's taps give to the decoder's first layers (DeepStack).
     """
 
     vision: ViTConfig | NativeViTConfig | None = field(default_factory=ViTConfig)
     audio: AudioEncoderConfig | None = field(default_factory=AudioEncoderConfig)
     image_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(2, 2)))
     audio_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(8, 1)))
-    deep_projector: ProjectorConfig | None = None
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     heads: HeadConfig | None = None
     dtype: str = "float32"
+    deep_projector: ProjectorConfig | None = None
 
     @property
     def native(self) -> bool:

@@ -32,7 +32,9 @@ from mm_jax.models import (
 )
 
 VIT = ViTConfig(8, 8, 4, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8)
-NATIVE = NativeViTConfig(2, 1, 1, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8, window=2, full_layers=(1,))
+NATIVE = NativeViTConfig(
+    2, 1, 1, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8, window=2, full_layers=(1,)
+)
 AUDIO = AudioEncoderConfig(3, 8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8)
 DECODER = DecoderConfig(11, embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8)
 
