@@ -32,6 +32,7 @@ setup(
         "einops>=0.8",
         "ml_dtypes>=0.5",
         "tokenizers>=0.22",
+        "jinja2>=3.1.6",
         "Pillow>=11",
         "soundfile>=0.13",
         "soxr>=0.5",

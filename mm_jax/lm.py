@@ -12,9 +12,9 @@ import numpy as np
 
 from mm_jax.checkpoint.hf import HFCheckpoint, is_hf, load_hf, save_hf
 from mm_jax.data.example import Example
-from mm_jax.data.media import decode_audio, decode_image
 from mm_jax.data.messages import Audio, Conversation, Image, Message, Part, Text, messages_from_json
 from mm_jax.data.packing import Layout
+from mm_jax.data.pretrained import PretrainedProcessor
 from mm_jax.errors import UserError
 from mm_jax.inference.arrays import batch_of, layout_of
 from mm_jax.inference.batch import collate_prompts
@@ -70,34 +70,47 @@ class LanguageModel:
         self.generator = Generator(self.model, params, self.layout, stops, max_length=max_length)
 
     @property
-    def processor(self) -> Processor:
-        """Raises UserError for a Hugging Face checkpoint: reading its tokenizer is not implemented yet."""
+    def processor(self) -> Processor | PretrainedProcessor:
+        """Raises UserError for a Hugging Face checkpoint without a tokenizer."""
         if self._processor is None:
-            raise UserError(
-                "chat with a Hugging Face checkpoint is not implemented yet: its tokenizer and template are not read; "
-                "use lm.batch(input_ids=..., attention_mask=..., pixel_values=...) and lm.generate(batch)"
+            known = self.checkpoint
+            self._processor = PretrainedProcessor.load(
+                known.directory,
+                known.rule,
+                pad_id=self.layout.pad_id,
+                stop_ids=known.stop_ids,
+                template=known.system.template,
             )
         return self._processor
 
-    def prompt(self, messages: Messages) -> Example:
+    def prompt(self, messages: Messages, **how: Any) -> Example:
         """The tokens that ask for the next assistant message.
+
+        Args:
+          how: tools and options of a Hugging Face checkpoint, see `mm_jax.data.chat_template.ChatTemplate.render`.
 
         Raises UserError: no question at the end, unreadable media, or media that the model has no encoder
         for.
         """
-        messages = messages_from_json(messages)
-        self._check_media(messages)
-        if not messages or messages[-1].role == "assistant":
+        messages = self._messages(messages)
+        if not messages or _role(messages[-1]) == "assistant":
             raise UserError("the last message must be a user's question")
-        return self.processor.prompt(messages)
+        return self.processor.prompt(messages, **how)
 
-    def example(self, messages: Messages) -> Example:
+    def example(self, messages: Messages, **how: Any) -> Example:
         """Like `prompt`, for conversations that may end with an answer, which is then part of the tokens."""
+        messages = self._messages(messages)
+        if not messages or _role(messages[-1]) != "assistant":
+            return self.prompt(messages, **how)
+        return self.processor.example(messages if self.checkpoint else Conversation(messages), **how)
+
+    def _messages(self, messages: Messages) -> Sequence[dict | Message]:
+        """JSON stays JSON for the templates of Hugging Face checkpoints, which know more keys than we do."""
+        if self.checkpoint is not None:
+            return messages
         messages = messages_from_json(messages)
-        if not messages or messages[-1].role != "assistant":
-            return self.prompt(messages)
         self._check_media(messages)
-        return self.processor.example(Conversation(messages))
+        return messages
 
     def _check_media(self, messages: Sequence[Message]) -> None:
         parts = [part for message in messages for part in message.parts]
@@ -111,12 +124,21 @@ class LanguageModel:
                     f"there is a {name} in the conversation, but this model has no {what} encoder"
                 )
 
-    def batch(self, messages: Messages | Sequence[Messages] | None = None, **arrays: np.ndarray) -> dict:
+    def batch(
+        self,
+        messages: Messages | Sequence[Messages] | None = None,
+        *,
+        tools: Sequence[dict] | None = None,
+        template_options: dict[str, Any] | None = None,
+        **arrays: np.ndarray,
+    ) -> dict:
         """Chat messages to the arrays that `apply` and `generate` take.
 
         Args:
           messages: one conversation or a list of them: JSON objects of the OpenAI/transformers chat format or
             `Message`s. One that ends with a question is closed by the header of the answer.
+          tools, template_options: JSON schemas of functions, and variables such as enable_thinking, for the chat
+            template of a Hugging Face checkpoint.
           arrays: instead of messages, a batch of arrays, checked and completed; of a Hugging Face checkpoint,
             those that its processor in transformers returns (see `mm_jax.inference.arrays.batch_of`).
 
@@ -126,18 +148,12 @@ class LanguageModel:
         """
         if messages is None:
             if self.checkpoint is not None and "tokens" not in arrays:
-                system = self.checkpoint.system
-                return batch_of(
-                    self.config,
-                    arrays,
-                    system.image_token_id,
-                    system.video_token_id,
-                    system.positions_per_second,
-                )
+                return batch_of(self.config, self.checkpoint.rule, self.layout, arrays)
             return self._complete(arrays)
         many = bool(len(messages)) and not isinstance(messages[0], dict | Message)
         rows = messages if many else [messages]
-        return collate_prompts([self.example(row) for row in rows], self.layout)
+        how = {"tools": tools, "options": template_options} if self.checkpoint else {}
+        return collate_prompts([self.example(row, **how) for row in rows], self.layout)
 
     def _complete(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if "tokens" not in arrays:
@@ -203,20 +219,12 @@ class LanguageModel:
     def preprocess(self, images: Sequence = (), audio: Sequence = ()) -> dict[str, np.ndarray]:
         """The media arrays alone: pixel_values [n, H, W, 3]; audio_values [m, F, mels], audio_frames [m].
 
+        Of a Hugging Face checkpoint: those of its processor in transformers, such as pixel_values [n, 3, H, W].
+
         images: anything that `Image` takes. audio: anything that `Audio` takes, or (samples, rate in Hz).
         """
-        arrays: dict[str, np.ndarray] = {}
         self._check_media([Message("user", (*(Image(i) for i in images), *(Audio(b"") for _ in audio)))])
-        if len(images):
-            rule = self.processor.config.image
-            arrays["pixel_values"] = np.stack([rule(decode_image(image))[0] for image in images])
-        if len(audio):
-            rule = self.processor.config.audio
-            clips = [clip if isinstance(clip, tuple) else (clip, None) for clip in audio]
-            windows = [w for clip, rate in clips for w in rule(decode_audio(clip, rule.sample_rate, rate))]
-            arrays["audio_values"] = np.stack([values for values, _ in windows])
-            arrays["audio_frames"] = np.array([frames for _, frames in windows], np.int32)
-        return arrays
+        return self.processor.preprocess(images, audio)
 
     def attention(self, messages: Messages, answer: Sequence[int]) -> tuple[Example, dict[str, np.ndarray]]:
         """Where the decoder and the resamplers look while they read a prompt and its answer.
@@ -324,6 +332,10 @@ def save(lm: LanguageModel | Tower, directory: str | Path, format: str = "hf") -
     if lm.checkpoint is None:
         raise UserError("this model belongs to no Hugging Face family, so it has no such checkpoint")
     save_hf(directory, lm.checkpoint, lm.params)
+
+
+def _role(message: dict | Message) -> str:
+    return message.role if isinstance(message, Message) else message.get("role", "")
 
 
 def user_message(question: str, images: Sequence[str] = (), audio: Sequence[str] = ()) -> Message:

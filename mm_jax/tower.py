@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mm_jax.checkpoint.hf import HFCheckpoint
+from mm_jax.data.media_rule import channels_last
 from mm_jax.errors import UserError
-from mm_jax.inference.arrays import check_pixels
 from mm_jax.models import VisionTransformer
 
 
@@ -32,7 +32,7 @@ class Tower:
         """pixel_values [n, 3, H, W] -> the batch that `apply` takes."""
         if set(arrays) != {"pixel_values"}:
             raise UserError(f"a vision tower takes pixel_values alone, not {', '.join(arrays) or 'nothing'}")
-        pixels = check_pixels(np.asarray(arrays["pixel_values"]), self.config.height, self.config.width)
+        pixels = channels_last(np.asarray(arrays["pixel_values"]), (self.config.height, self.config.width))
         return {"pixel_values": pixels}
 
     def apply(self, params: Any, batch: dict) -> jax.Array:

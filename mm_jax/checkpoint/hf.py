@@ -22,9 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from mm_jax.checkpoint import safetensors
 from mm_jax.checkpoint.safetensors import Entry, StoredTensor
+from mm_jax.data.media_rule import MediaRule, Settings
 from mm_jax.errors import UserError, nearest
 from mm_jax.families import FAMILIES, Family, System, Weight
 from mm_jax.families.fields import token_ids
+from mm_jax.families.media import media_rule
 from mm_jax.models import MultimodalConfig, MultimodalLM, VisionTransformer, dummy_batch
 
 INDEX = "model.safetensors.index.json"
@@ -41,18 +43,22 @@ class HFCheckpoint:
     """What a Hugging Face directory says besides the values of the parameters.
 
     Attributes:
+      directory: it.
       dtype: of the computation.
       values: config.json.
       stop_ids: the tokens that end an answer.
+      rule: how its media become arrays and tokens.
       files: small files that belong to the checkpoint (tokenizer, preprocessor), copied on saving.
       unused: tensors that the model does not compute with, as views of their files.
     """
 
     family: Family
+    directory: Path
     dtype: str
     values: dict[str, Any]
     stop_ids: tuple[int, ...]
     system: System
+    rule: MediaRule
     files: tuple[Path, ...]
     unused: dict[str, np.ndarray]
 
@@ -101,10 +107,12 @@ def load_hf(
     }
     checkpoint = HFCheckpoint(
         family,
+        directory,
         dtype,
         values,
         _stop_ids(directory, system),
         system,
+        media_rule(system, Settings.read(directory)),
         tuple(sorted(_small_files(directory))),
         {name: tensors[name].map() for name in unused},
     )

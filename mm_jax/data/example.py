@@ -5,9 +5,12 @@ windows a row, G preference pairs a row). The features of a row are laid out
 [pictures: N * image.num_tokens | windows: M * audio.num_tokens].
 
     tokens, segment_ids, positions, media_index, sources   int32 [B, S]
-        segment 0 is padding, k the k-th conversation of the row; media_index -1 is text, else a feature's row
+        segment 0 is padding, k the k-th conversation of the row; media_index -1 is text, -2 - k the model's k-th
+        learned marker, else a feature's row. positions may have axes: [B, S, axes]
     loss_weights        float32 [B, S]   belongs to the prediction of the token at the same place
     pixel_values        float32 [B, N, H, W, 3];  image_segment_ids int32 [B, N] (0: unused slot)
+        or, where the image encoder takes other arrays, those of `Layout.slot_arrays` with leading [B, N]; for an
+        encoder of native resolution (patches, patch_segment_ids, ...) a slot is one patch
     audio_values        float32 [B, M, F, mels];  audio_frames, audio_segment_ids int32 [B, M] (0: unused)
     image_labels, image_boxes, audio_labels   the arrays of Example with leading [B]; dense stage only
     names               int32 [B, S, NAMES]  what a media token shows, as token ids, -1 for none; naming stages only
@@ -30,13 +33,13 @@ class Example:
 
     segments: 1; in a preference pair 1 = chosen, 2 = rejected, and both take their media from the same slots.
     positions restart with each segment. loss_weights[t] belongs to the prediction of tokens[t].
-    image_index, audio_index: slot * num_tokens + k where a media feature goes, else -1.
+    image_index, audio_index: slot * num_tokens + k where a media feature goes, -2 - k for a learned marker, else -1.
     """
 
     tokens: np.ndarray  # int32 [T]
     loss_weights: np.ndarray  # float32 [T]
     segments: np.ndarray  # int32 [T]
-    positions: np.ndarray  # int32 [T]
+    positions: np.ndarray  # int32 [T], or [T, axes]
     image_index: np.ndarray  # int32 [T]
     audio_index: np.ndarray  # int32 [T]
     pixel_values: np.ndarray  # float32 [n, H, W, 3]
@@ -50,6 +53,7 @@ class Example:
     source: str = ""
     id: str = ""
     preference: int = -1  # index of the pair, set by whoever numbers the pairs
+    slots: dict[str, np.ndarray] = field(default_factory=dict)  # [n, ...] each, see `image_arrays`
 
     @property
     def length(self) -> int:
@@ -57,8 +61,14 @@ class Example:
         return len(self.tokens)
 
     @property
+    def image_arrays(self) -> dict[str, np.ndarray]:
+        """What the image encoder takes, by name, with a leading axis of slots."""
+        return self.slots or {"pixel_values": self.pixel_values}
+
+    @property
     def num_images(self) -> int:
-        return len(self.pixel_values)
+        """Picture slots."""
+        return len(next(iter(self.image_arrays.values())))
 
     @property
     def num_audio(self) -> int:

@@ -34,7 +34,7 @@ class Transform:
 
     original: tuple[int, int]
     scale: tuple[float, float]
-    offset: tuple[int, int]
+    offset: tuple[float, float]
     size: tuple[int, int]
 
     def forward(self, box: tuple[float, ...]) -> tuple[float, float, float, float]:

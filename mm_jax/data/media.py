@@ -63,17 +63,19 @@ def _read(source: bytes | str | os.PathLike, reason: str) -> tuple[bytes, str]:
     return data, name
 
 
-def decode_image(source, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+def decode_image(source, max_pixels: int = MAX_PIXELS, plain: bool = False) -> PIL.Image.Image:
     """Anything picture-like to an upright RGB image.
 
     source: encoded bytes, a path, a data URL, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] or
     [H, W, 4] of uint8, uint16 or floats in 0..1. EXIF rotation is applied (boxes count pixels after it),
     transparency is pasted on white, 16-bit is scaled to 8-bit, of an animation the first frame is taken.
+    plain: 16-bit is left to Pillow's `convert`, as in transformers.
 
     Raises MediaError; more than max_pixels is refused from the header, before any pixel is decoded.
     """
     if isinstance(source, np.ndarray):
-        return _rgb(_image_from_array(source, max_pixels))
+        image = _image_from_array(source, max_pixels)
+        return _rgb(image, plain)
     image, name = _open_image(source, max_pixels)
     try:
         image.load()
@@ -81,7 +83,7 @@ def decode_image(source, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
         if image.format in ("JPEG", "MPO", "TIFF", "WEBP") or "exif" in image.info:
             if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
                 image = PIL.ImageOps.exif_transpose(image)
-        return _rgb(image)
+        return _rgb(image, plain)
     except Exception as error:  # decoders raise nearly anything on damaged data
         text = " ".join(str(error).split())
         raise MediaError(f"{name}: damaged or truncated image ({text})", "unreadable_image") from None
@@ -156,10 +158,10 @@ def _image_from_array(array: np.ndarray, max_pixels: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
-def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def _rgb(image: PIL.Image.Image, plain: bool = False) -> PIL.Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I") or image.mode == "F":
+    if not plain and (image.mode.startswith("I") or image.mode == "F"):
         array = np.nan_to_num(np.asarray(image).astype(np.float32))
         high = float(array.max())
         # 16-bit greyscale opens as I;16 or, from some formats, as I; smaller values are 8-bit already
@@ -168,9 +170,8 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         return PIL.Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = PIL.Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        return white
+        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return PIL.Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
 
 

@@ -135,6 +135,11 @@ def messages_from_json(
     return conversation_from_json({"messages": list(messages)}, root=root).messages
 
 
+def parts_from_json(content: Any, where: str) -> tuple[Part, ...]:
+    """The content of one message (a text, or a list of parts) to parts; `where` is for messages of errors."""
+    return _Reader({}, None, (), ()).content(content, where)
+
+
 class _Reader:
     """State of reading one conversation: which listed media the placeholders have taken."""
 

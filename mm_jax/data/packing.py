@@ -54,10 +54,13 @@ class Layout:
 
     image_tokens, audio_tokens: features a slot gives to the decoder.
     image_size: (height, width); audio_size: (frames, mels).
+    slot_arrays: (name, trailing shape, dtype) of what the image encoder takes instead of pixel_values alone. Values
+        of a name that ends in "segment_ids" number the pictures of a row; 0 is padding.
+    position_axes: of positions [B, S, axes]; 0 for [B, S].
     image_labels: (patches, label words) and audio_labels: (positions, label words) of the dense targets;
         None: the batch has none.
     names: the batch has an array of that name.
-    patches: how patches stand, of models that take pictures of any size; such a batch has no picture slots.
+    patches: how patches stand, of models that take pictures of any size; an image slot then is one patch.
     pad_id: token id of padding.
     """
 
@@ -65,11 +68,24 @@ class Layout:
     image_size: tuple[int, int] = (0, 0)
     audio_tokens: int = 0
     audio_size: tuple[int, int] = (0, 0)
+    slot_arrays: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    position_axes: int = 0
     image_labels: tuple[int, int] | None = None
     audio_labels: tuple[int, int] | None = None
     names: bool = False
     patches: PatchLayout | None = None
     pad_id: int = 0
+
+    @property
+    def image_arrays(self) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+        """(name, trailing shape, dtype) of what the image encoder takes."""
+        return self.slot_arrays or (("pixel_values", (*self.image_size, 3), "float32"),)
+
+    def image_features(self, slots: int) -> int:
+        """Features that come of so many image slots."""
+        if self.patches is not None:
+            return slots // self.patches.merge**2
+        return slots * self.image_tokens
 
     @classmethod
     def of(cls, processor: Any, *, targets: bool = False, names: bool = False) -> Layout:
@@ -95,7 +111,7 @@ class Layout:
 def size_of(example: Example) -> tuple[int, int, int, int]:
     """(tokens, pictures, audio windows, preference pairs) that an example takes of a row."""
     pair = int(example.preference >= 0)
-    return len(example.tokens), len(example.pixel_values), len(example.audio_values), pair
+    return len(example.tokens), example.num_images, example.num_audio, pair
 
 
 def refusal(example: Example, batch: BatchConfig) -> tuple[str, str] | None:
@@ -202,7 +218,7 @@ def collate(
     if len(rows) != count:
         raise ValueError(f"{len(rows)} rows for a batch of {count}")
     arrays = _empty(count, batch, layout)
-    audio_base = batch.images * layout.image_tokens
+    audio_base = layout.image_features(batch.images)
     for r, row in enumerate(rows):
         at, segment, images, audio = 0, 0, 0, 0
         row_arrays = {key: array[r] for key, array in arrays.items()}
@@ -217,8 +233,9 @@ def collate(
             if layout.names:
                 row_arrays["names"][span] = example.names
             index = row_arrays["media_index"][span]
-            if len(example.pixel_values):
-                offset = images * layout.image_tokens
+            np.copyto(index, example.image_index, where=example.image_index < -1)
+            if example.num_images:
+                offset = layout.image_features(images)
                 np.copyto(index, example.image_index + offset, where=example.image_index >= 0)
                 images = _fill_images(row_arrays, example, images, segment)
             if len(example.audio_values):
@@ -240,7 +257,7 @@ def _empty(count: int, batch: BatchConfig, layout: Layout) -> dict[str, np.ndarr
     arrays = {
         "tokens": np.full(text, layout.pad_id, np.int32),
         "segment_ids": np.zeros(text, np.int32),
-        "positions": np.zeros(text, np.int32),
+        "positions": np.zeros((*text, layout.position_axes) if layout.position_axes else text, np.int32),
         "media_index": np.full(text, -1, np.int32),
         "sources": np.zeros(text, np.int32),
         "loss_weights": np.zeros(text, np.float32),
@@ -249,7 +266,8 @@ def _empty(count: int, batch: BatchConfig, layout: Layout) -> dict[str, np.ndarr
         arrays["names"] = np.full((*text, NAMES), -1, np.int32)
     if batch.images:
         slots = (count, batch.images)
-        arrays["pixel_values"] = np.zeros((*slots, *layout.image_size, 3), np.float32)
+        for name, shape, dtype in layout.image_arrays:
+            arrays[name] = np.zeros((*slots, *shape), dtype)
         arrays["image_segment_ids"] = np.zeros(slots, np.int32)
         if layout.image_labels is not None:
             arrays["image_labels"] = np.zeros((*slots, *layout.image_labels), np.uint8)
@@ -268,8 +286,11 @@ def _empty(count: int, batch: BatchConfig, layout: Layout) -> dict[str, np.ndarr
 
 def _fill_images(row: Mapping[str, np.ndarray], example: Example, taken: int, segment: int) -> int:
     """Write the pictures of one example behind the `taken` slots; the number of slots taken then."""
-    slots = slice(taken, taken + len(example.pixel_values))
-    row["pixel_values"][slots] = example.pixel_values
+    slots = slice(taken, taken + example.num_images)
+    for name, array in example.image_arrays.items():
+        if name.endswith("segment_ids"):  # numbers go on behind those of the examples before
+            array = np.where(array > 0, array + row[name].max(initial=0), 0)
+        row[name][slots] = array
     # a preference pair shares its pictures: they carry the segment of the chosen answer
     row["image_segment_ids"][slots] = segment + 1
     if "image_labels" in row:

@@ -46,6 +46,17 @@ class PatchLayout:
             return grid[0] * grid[1] * grid[2]
         return grid[0] * -(-grid[1] // self.window) * -(-grid[2] // self.window) * self.window**2
 
+    def arrays(self, values: int) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+        """(name, trailing shape, dtype) of what the tower takes, for patches of so many values."""
+        names = [
+            ("patches", (values,), "float32"),
+            ("patch_segment_ids", (), "int32"),
+            ("patch_positions", (2,), "int32"),
+        ]
+        if self.table_side:
+            names += [("patch_table_index", (4,), "int32"), ("patch_table_weights", (4,), "float32")]
+        return tuple(names)
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -145,47 +156,20 @@ class Medium:
     step: float = 1.0
 
 
-def fill(rows: Sequence[Sequence[Medium]], layout: PatchLayout, slots: int = 0) -> dict[str, np.ndarray]:
-    """The patch arrays of a batch, named as `mm_jax.models.multimodal` reads them.
-
-    Args:
-      rows: the media of each row, in the order of their features.
-      slots: P of each row at least; the longest row's without.
-    """
-    placed = [[place(medium.grid, layout) for medium in row] for row in rows]
-    slots = max([slots, *(sum(len(p.order) for p in row) for row in placed)])
-    values = max((m.patches.shape[1] for row in rows for m in row), default=0)
-    shape = (len(rows), slots)
-    batch = {
-        "patches": np.zeros((*shape, values), np.float32),
-        "patch_segment_ids": np.zeros(shape, np.int32),
-        "patch_positions": np.zeros((*shape, 2), np.int32),
+def slots(medium: Medium, layout: PatchLayout) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The arrays of one picture or video, named as in `PatchLayout.arrays` with a leading axis of slots, and int32
+    [tokens], the feature that each of its tokens takes."""
+    p = place(medium.grid, layout)
+    real = p.order >= 0
+    arrays = {
+        "patches": np.zeros((len(real), medium.patches.shape[1]), np.float32),
+        "patch_segment_ids": p.frames,
+        "patch_positions": p.positions,
     }
+    arrays["patches"][real] = medium.patches[p.order[real]]
     if layout.table_side:
-        batch["patch_table_index"] = np.zeros((*shape, 4), np.int32)
-        batch["patch_table_weights"] = np.zeros((*shape, 4), np.float32)
-    for r, (media, places) in enumerate(zip(rows, placed, strict=True)):
-        at = segments = 0
-        for medium, p in zip(media, places, strict=True):
-            span = slice(at, at + len(p.order))
-            real = p.order >= 0
-            batch["patches"][r, span][real] = medium.patches[p.order[real]]
-            batch["patch_segment_ids"][r, span] = np.where(real, p.frames + segments, 0)
-            batch["patch_positions"][r, span] = p.positions
-            if layout.table_side:
-                batch["patch_table_index"][r, span] = p.table_index
-                batch["patch_table_weights"][r, span] = p.table_weights
-            at, segments = span.stop, segments + medium.grid[0]
-    return batch
-
-
-def features(media: Sequence[Medium], layout: PatchLayout) -> np.ndarray:
-    """int32 [tokens of all], the feature in a row made by `fill` that each token takes."""
-    found, base = [np.zeros(0, np.int32)], 0
-    for medium in media:
-        found.append(place(medium.grid, layout).features + base)
-        base += layout.num_slots(medium.grid) // layout.merge**2
-    return np.concatenate(found)
+        arrays |= {"patch_table_index": p.table_index, "patch_table_weights": p.table_weights}
+    return arrays, p.features
 
 
 def positions(pictured: np.ndarray, media: Sequence[Medium], merge: int) -> np.ndarray:

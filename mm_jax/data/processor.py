@@ -168,6 +168,30 @@ class Processor:
             pieces.append("[" + ", ".join(str(round(v)) for v in part.box) + "]" if is_box else part.text)
         return "".join(pieces)
 
+    def complete(self, ids: Sequence[int]) -> list[int]:
+        """The ids without location tokens at the end that are not a whole box yet."""
+        tail = 0
+        while tail < len(ids) and self.boxes.is_location(ids[-1 - tail]):
+            tail += 1
+        return list(ids[: len(ids) - tail % 4])
+
+    def preprocess(self, images: Sequence = (), audio: Sequence = ()) -> dict[str, np.ndarray]:
+        """The media arrays alone: pixel_values [n, H, W, 3]; audio_values [m, F, mels], audio_frames [m].
+
+        images: anything that `Image` takes. audio: anything that `Audio` takes, or (samples, rate in Hz).
+        """
+        arrays: dict[str, np.ndarray] = {}
+        if len(images):
+            rule = self.config.image
+            arrays["pixel_values"] = np.stack([rule(decode_image(image))[0] for image in images])
+        if len(audio):
+            rule = self.config.audio
+            clips = [clip if isinstance(clip, tuple) else (clip, None) for clip in audio]
+            windows = [w for clip, rate in clips for w in rule(decode_audio(clip, rule.sample_rate, rate))]
+            arrays["audio_values"] = np.stack([values for values, _ in windows])
+            arrays["audio_frames"] = np.array([frames for _, frames in windows], np.int32)
+        return arrays
+
     def save(self, directory: str | Path) -> None:
         """Writes processor.json and tokenizer.json."""
         directory = Path(directory)

@@ -6,7 +6,17 @@ To add one, write a file with a `FAMILY` (see `mm_jax.families.family`):
    also goes into `mm_jax.families.parts`, so that it can stand in any system.
 2. The table of weights, in the names that the reference's `save_pretrained` writes, and the renames that turn other
    spellings into those. Where the shared modules lack something, they gain an option.
-3. A line in `FAMILIES`, and a case in `tests/parity`.
+3. How its pictures, clips and videos become arrays and tokens: `System.rule`, a function of the directory's settings
+   files to a subclass of `mm_jax.data.media_rule.MediaRule`. It names the tokens that stand for a feature and the
+   arrays of the reference's processor, makes those arrays of raw media (`images`, `audio`, `videos`;
+   `mm_jax.data.pixels` has the steps with the reference's rounding), and says which feature each media token takes
+   (`items`): index arrays into the encoder's features, -2 - k for learned markers such as a newline, and the fixed text
+   around them. Every way to call the model follows: `lm.batch(messages=...)`, `lm.preprocess`, `lm.chat`, and
+   `lm.batch` of the reference's arrays. `FixedImage` serves systems whose pictures take the same tokens each,
+   `NativeRule` patches with grids and M-RoPE. A system whose checkpoints have no chat template gives one in
+   `System.template`.
+4. A line in `FAMILIES`, and a case in `tests/parity`: `checks.py` has the numbers (logits, greedy answers, gradients,
+   the way back), `hosts.py` tokenizers, pictures and messages.
 """
 
 import sys

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
+from mm_jax.data.media_rule import MediaRule, Settings
 from mm_jax.models import DecoderConfig, MultimodalConfig, ViTConfig
 
 LINEAR = "o i -> i o"  # a linear map of the reference is [out, in], ours [in, out]
@@ -124,6 +125,10 @@ class System:
       image_token_id, video_token_id: the tokens that stand for one feature of a picture or of a video.
       positions_per_second: how far the M-RoPE time moves within a second of video; 0: by one from each frame of the
         grid to the next.
+      rule: from the files of the checkpoint's directory to how its media become arrays and tokens; None for what
+        `mm_jax.families.media.media_rule` makes of the config, which takes arrays and, of encoders for pictures of
+        one size, pictures.
+      template: chat template, for a checkpoint that has none.
     """
 
     config: MultimodalConfig | ViTConfig
@@ -133,6 +138,8 @@ class System:
     image_token_id: int | None = None
     video_token_id: int | None = None
     positions_per_second: float = 0.0
+    rule: Callable[[Settings], MediaRule] | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)

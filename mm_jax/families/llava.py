@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from mm_jax.data.media_rule import FixedImage
+from mm_jax.data.pixels import BICUBIC, CLIP_MEAN, CLIP_STD
 from mm_jax.families.clip import Output, unused
 from mm_jax.families.clip import weights as tower_weights
 from mm_jax.families.family import LINEAR, Family, System, Weight
@@ -32,6 +35,15 @@ TOWER = {
     "num_attention_heads": 16,
     "image_size": 336,
     "patch_size": 14,
+}
+# of CLIPImageProcessor; LlavaImageProcessor differs in that it may pad to a square first
+IMAGE_PROCESSOR = {
+    "size": {"shortest_edge": 224},
+    "resample": BICUBIC,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
 }
 RENAMES = (
     (r"^model\.language_model\.", "language_model.model."),
@@ -70,7 +82,14 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
         *text.table("language_model.model.", "language_model.lm_head."),
     )
     config = MultimodalConfig(vision, None, image_projector=projector, decoder=text.decoder)
-    return System(config, table, text, unused("vision_tower."), token)
+    rule = partial(
+        FixedImage,
+        token_id=token,
+        size=(vision.height, vision.width),
+        num_tokens=config.image_tokens,
+        defaults=IMAGE_PROCESSOR,
+    )
+    return System(config, table, text, unused("vision_tower."), rule=rule)
 
 
 def _projector_weights(bias: bool) -> list[Weight]:

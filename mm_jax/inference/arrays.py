@@ -8,51 +8,50 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from mm_jax.data.packing import Layout
+from mm_jax.data.media_rule import MediaRule
+from mm_jax.data.packing import BatchConfig, Layout, collate
+from mm_jax.data.pretrained import Items, assemble
 from mm_jax.errors import UserError, nearest
-from mm_jax.inference.native import native_media, patch_layout
+from mm_jax.families.media import patch_layout
+from mm_jax.inference.batch import TOKEN_KEYS, TRAIN_KEYS
 from mm_jax.models import MultimodalConfig
 
-KNOWN = ("input_ids", "attention_mask", "position_ids", "pixel_values")
-NATIVE = ("image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-# which tokens are pictures: we look at the ids
-REDUNDANT = ("token_type_ids", "mm_token_type_ids")
+TEXT = ("input_ids", "attention_mask", "position_ids")
 
 
 def layout_of(config: MultimodalConfig, pad_id: int | None, stop_ids: Sequence[int]) -> Layout:
     """Media slots and padding: the pad token, or else the first stop token as in the reference's `generate`, or 0."""
-    vision = config.vision
+    vision, audio = config.vision, config.audio
     pad = next((i for i in (pad_id, *stop_ids) if i is not None), 0)
     return Layout(
         image_tokens=config.image_tokens,
         image_size=(0, 0) if vision is None or config.native else (vision.height, vision.width),
-        patches=patch_layout(config) if config.native else None,
+        audio_tokens=config.audio_tokens,
+        audio_size=(0, 0) if audio is None else (audio.max_frames, audio.num_mels),
+        patches=patch_layout(vision) if config.native else None,
+        slot_arrays=patch_layout(vision).arrays(vision.patch_dim) if config.native else (),
+        position_axes=3 if config.decoder.rope_sections else 0,
         pad_id=pad if 0 <= pad < config.decoder.vocab_size else 0,
     )
 
 
 def batch_of(
-    config: MultimodalConfig,
-    arrays: Mapping[str, Any],
-    image_token_id: int | None = None,
-    video_token_id: int | None = None,
-    positions_per_second: float = 0.0,
+    config: MultimodalConfig, rule: MediaRule, layout: Layout, arrays: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """A batch for `MultimodalLM` whose logits are aligned with input_ids.
 
     Args:
-      arrays: input_ids int [B, S]; attention_mask [B, S], 0 for padding on either side; pixel_values [n, 3, H, W], the
-        pictures in the order of their tokens in the rows; position_ids [B, S], or [3, B, S] for M-RoPE, in place of
-        those that follow from the other arrays. For a native-resolution tower instead pixel_values [patches, values]
-        with image_grid_thw [n, 3], and the same of videos with second_per_grid_ts [m].
-      image_token_id, video_token_id, positions_per_second: as of `mm_jax.families.System`.
+      rule: says which media arrays there are and what becomes of them.
+      arrays: input_ids int [B, S]; attention_mask [B, S], 0 for padding on either side; the media arrays of the
+        reference's processor, pictures and clips in the order of their tokens in the rows; position_ids [B, S], or
+        [3, B, S] for M-RoPE, in place of those that follow from the other arrays.
 
-    Raises UserError: unknown names, shapes that disagree, tokens outside the vocabulary, or pictures whose number is
-    not that of their tokens.
+    Raises UserError: unknown names, shapes that disagree, tokens outside the vocabulary, or media whose tokens are not
+    those in the rows.
     """
-    known = KNOWN + NATIVE * config.native
+    known = [*TEXT, *(name for kind in rule.tokens for name in rule.names[kind])]
     for name in arrays:
-        if name not in known + REDUNDANT:
+        if name not in known and name not in rule.ignored:
             raise UserError(f'a batch of this model takes no "{name}"{nearest(name, known)}')
     if "input_ids" not in arrays:
         raise UserError("a batch of arrays needs at least input_ids [B, S]")
@@ -65,25 +64,24 @@ def batch_of(
     vocab = config.decoder.vocab_size
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab:
         raise UserError(f"input_ids holds {ids.min()} to {ids.max()}, the vocabulary has 0 to {vocab - 1}")
-    batch = {
-        "tokens": ids.astype(np.int32),
-        "segment_ids": real.astype(np.int32),
-        "positions": np.where(real, np.cumsum(real, axis=1) - 1, 0).astype(np.int32),
-        "media_index": np.full(ids.shape, -1, np.int32),
-    }
-    given = {name: array for name, array in arrays.items() if array is not None}
-    pictured = ids == image_token_id if image_token_id is not None else np.zeros_like(real)
-    if config.native:
-        kinds = np.where(pictured, 1, np.where(ids == video_token_id, 2, 0)) * real
-        batch |= native_media(config, kinds, real, given, positions_per_second)
-    elif "pixel_values" in given:
-        if config.vision is None:
-            raise UserError("there are pixel_values, but this model has no vision encoder")
-        batch |= _pictures(config, pictured, np.asarray(given["pixel_values"]))
-    elif pictured.any():
-        raise UserError(f"{pictured.sum()} image tokens in input_ids, but there are no pixel_values")
-    if "position_ids" in given:
-        batch["positions"] = _positions(np.asarray(given["position_ids"]), batch["positions"].shape)
+    rows = [row[mask].astype(np.int32) for row, mask in zip(ids, real, strict=True)]
+    media = _media_of_rows(rule, rows, arrays)
+    examples = [assemble(rule, row, items) for row, items in zip(rows, media, strict=True)]
+    size = BatchConfig(
+        rows=len(rows),
+        length=max(ids.shape[1], 1),
+        images=max(e.num_images for e in examples),
+        audio=max(e.num_audio for e in examples),
+    )
+    batch = collate([[e] if e.length else [] for e in examples], size, layout, {"": 0})
+    batch = {key: array for key, array in batch.items() if key not in TRAIN_KEYS}
+    for key in TOKEN_KEYS:  # back from the start of each row to where its tokens were
+        packed, fill = batch[key], -1 if key == "media_index" else 0
+        batch[key] = np.full((*ids.shape, *packed.shape[2:]), fill, packed.dtype)
+        batch[key][real] = packed[np.sort(real, axis=1)[:, ::-1]]
+    batch["tokens"] = ids.astype(np.int32)
+    if arrays.get("position_ids") is not None:
+        batch["positions"] = _positions(np.asarray(arrays["position_ids"]), batch["positions"].shape)
     return batch
 
 
@@ -98,27 +96,31 @@ def _positions(position_ids: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return positions
 
 
-def check_pixels(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[n, 3, H, W] -> [n, H, W, 3]. Raises UserError for pictures of another size."""
-    if pixels.ndim != 4 or pixels.shape[1:] != (3, height, width):
-        raise UserError(
-            f"pixel_values has shape {list(pixels.shape)}, [pictures, 3, {height}, {width}] is needed"
-        )
-    return np.ascontiguousarray(rearrange(pixels, "n c h w -> n h w c"))
-
-
-def _pictures(config: MultimodalConfig, pictured: np.ndarray, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """Each row's pictures in its own slots, and the feature that each image token takes."""
-    pixels = check_pixels(pixels, config.vision.height, config.vision.width)
-    each, tokens = config.image_tokens, pictured.sum(axis=1)
-    if tokens.sum() != len(pixels) * each or (tokens % each).any():
-        raise UserError(
-            f"{len(pixels)} pictures have {each} tokens each, but the rows of input_ids have {tokens.tolist()} "
-            "image tokens"
-        )
-    counts = tokens // each
-    slots = np.zeros((len(pictured), counts.max(initial=0), *pixels.shape[1:]), pixels.dtype)
-    for row, (count, end) in enumerate(zip(counts, np.cumsum(counts), strict=True)):
-        slots[row, :count] = pixels[end - count : end]
-    index = np.where(pictured, np.cumsum(pictured, axis=1) - 1, -1)
-    return {"pixel_values": slots, "media_index": index.astype(np.int32)}
+def _media_of_rows(rule: MediaRule, rows: Sequence[np.ndarray], arrays: Mapping[str, Any]) -> list[Items]:
+    """The items of each row, counted off by its media tokens."""
+    found: list[Items] = [{} for _ in rows]
+    for kind, token in rule.tokens.items():
+        counts = [int((row == token).sum()) for row in rows]
+        given = {n: np.asarray(arrays[n]) for n in rule.names[kind] if arrays.get(n) is not None}
+        if not given:
+            if any(counts):
+                needed = " and ".join(rule.names[kind])
+                raise UserError(f"{sum(counts)} {kind} tokens in input_ids, but there are no {needed}")
+            continue
+        items = rule.items(kind, given, counts)
+        taken = [len(item.index) for item in items]
+        at = 0
+        for row, count in enumerate(counts):
+            end = at
+            while end < len(items) and sum(taken[at:end]) < count:
+                end += 1
+            if sum(taken[at:end]) != count:
+                break
+            found[row][kind] = items[at:end]
+            at = end
+        if at != len(items) or sum(counts) != sum(taken):
+            some = ", ".join(map(str, taken[:8])) + (", ..." if len(taken) > 8 else "")
+            raise UserError(
+                f"{len(items)} {kind}s take {some} tokens, but the rows of input_ids have {counts} {kind} tokens"
+            )
+    return found

@@ -15,13 +15,9 @@ if TYPE_CHECKING:
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
-PATCH_KEYS = (
-    "patches", "patch_segment_ids", "patch_positions", "patch_table_index", "patch_table_weights",
-)  # fmt: skip
-# what the decoder reads; the rest of a training batch says how to train
-MODEL_KEYS = (
-    "tokens", "segment_ids", "positions", "media_index", "pixel_values", "image_segment_ids", "audio_values",
-    "audio_frames", "audio_segment_ids", *PATCH_KEYS,
+# what says how to train; the model reads the rest
+TRAIN_KEYS = (
+    "loss_weights", "sources", "names", "preference", "image_labels", "image_boxes", "audio_labels",
 )  # fmt: skip
 
 
@@ -38,11 +34,14 @@ def count_bucket(count: int) -> int:
     return 0 if count == 0 else 1 << (count - 1).bit_length()
 
 
-def patch_bucket(slots: int, block: int) -> int:
-    """Slots for patches: a multiple of `block`, of which every power of two is divided into four sizes."""
-    blocks = -(-slots // block)
+def slot_bucket(count: int, layout: Layout) -> int:
+    """Image slots: the next power of two; of native-resolution patches whole blocks, of which every power of two is
+    divided into four sizes."""
+    if layout.patches is None:
+        return count_bucket(count)
+    blocks = -(-count // layout.patches.block)
     step = 1 << max(blocks.bit_length() - 3, 0)
-    return -(-blocks // step) * step * block
+    return -(-blocks // step) * step * layout.patches.block
 
 
 def collate_prompts(
@@ -66,12 +65,12 @@ def collate_prompts(
     size = BatchConfig(
         rows=rows or len(examples),
         length=length_bucket(max([length, *(e.length for e in examples)])),
-        images=count_bucket(max([images, *(e.num_images for e in examples)])),
+        images=slot_bucket(max([images, *(e.num_images for e in examples)]), layout),
         audio=count_bucket(max([audio, *(e.num_audio for e in examples)])),
     )
     filled = [[e] for e in examples] + [[] for _ in range(size.rows - len(examples))]
     batch = collate(filled, size, layout, {e.source: 0 for e in examples})
-    return {key: batch[key] for key in MODEL_KEYS if key in batch}
+    return {key: array for key, array in batch.items() if key not in TRAIN_KEYS}
 
 
 TOKEN_KEYS = ("tokens", "segment_ids", "positions", "media_index")
@@ -81,31 +80,27 @@ def left_aligned(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The batch with the padding of each row moved behind its tokens."""
     order = np.argsort(np.asarray(batch["segment_ids"]) == 0, axis=1, kind="stable")
     rows = np.arange(len(order))[:, None]
-    moved = {key: np.asarray(batch[key])[rows, order] for key in TOKEN_KEYS if key in batch}
-    return {**batch, **moved}
+    return {**batch, **{key: np.asarray(batch[key])[rows, order] for key in TOKEN_KEYS if key in batch}}
 
 
 def pad_batch(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
     """A batch of one conversation a row with rows, length and media slots rounded up to listed sizes."""
-    batch = {key: np.asarray(batch[key]) for key in MODEL_KEYS if key in batch}
+    batch = {key: np.asarray(value) for key, value in batch.items() if key not in TRAIN_KEYS}
     rows, length = batch["tokens"].shape
-    sizes = dict.fromkeys(TOKEN_KEYS, length_bucket(length))
-    if "patches" in batch:
-        before = batch["patches"].shape[1]
-        after = patch_bucket(before, layout.patches.block)
-        sizes |= dict.fromkeys(PATCH_KEYS, after)
-        each = layout.patches.merge**2
-        before, after = before // each, after // each
-    else:
-        images = batch["pixel_values"].shape[1] if "pixel_values" in batch else 0
-        before, after = (n * layout.image_tokens for n in (images, count_bucket(images)))
+    pictures = {name for name, _, _ in layout.image_arrays} | {"image_segment_ids"}
+    images = max((batch[name].shape[1] for name in pictures if name in batch), default=0)
+    features = layout.image_features(images)
+    shift = layout.image_features(slot_bucket(images, layout)) - features
     index = batch["media_index"]
-    # clips come after the pictures, so more room for those moves them
-    batch["media_index"] = np.where(index >= before, index + after - before, index)
+    # clips come after the picture slots, so more slots move them
+    batch["media_index"] = np.where(index >= features, index + shift, index)
     fills = {"tokens": layout.pad_id, "media_index": -1}
     padded = {}
     for key, array in batch.items():
-        second = sizes[key] if key in sizes else count_bucket(array.shape[1])
+        if key in TOKEN_KEYS:
+            second = length_bucket(length)
+        else:
+            second = slot_bucket(images, layout) if key in pictures else count_bucket(array.shape[1])
         widths = [(0, count_bucket(rows) - rows), (0, second - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
         padded[key] = np.pad(array, widths, constant_values=fills.get(key, 0))
     return padded
@@ -117,15 +112,24 @@ def tail_of(example: Example, start: int, layout: Layout) -> Example:
     Used to go on from a KV cache that already holds the first `start` tokens.
     """
 
-    def used(index: np.ndarray, tokens: int, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    def used(index: np.ndarray, tokens: int, merge: int, arrays: dict[str, np.ndarray]) -> tuple:
         taken = index[index >= 0]
-        first = int(taken.min()) // tokens if len(taken) else len(arrays[0])
-        return (np.where(index >= 0, index - first * tokens, -1), *(array[first:] for array in arrays))
+        count = len(next(iter(arrays.values())))
+        first = int(taken.min()) * merge // tokens if len(taken) else count
+        for name, array in arrays.items():
+            if name.endswith("segment_ids") and first < count:  # slots of one picture see each other
+                first = int(np.flatnonzero(array == array[first])[0])
+        moved = np.where(index >= 0, index - first * tokens // merge, index)
+        return moved, {name: array[first:] for name, array in arrays.items()}
 
-    image_index, pixels = used(example.image_index[start:], layout.image_tokens, example.pixel_values)
-    audio_index, values, frames = used(
-        example.audio_index[start:], layout.audio_tokens, example.audio_values, example.audio_frames
+    image_index, pictures = used(
+        example.image_index[start:],
+        layout.image_tokens if layout.patches is None else 1,
+        1 if layout.patches is None else layout.patches.merge**2,
+        example.image_arrays,
     )
+    clips = {"values": example.audio_values, "frames": example.audio_frames}
+    audio_index, clips = used(example.audio_index[start:], layout.audio_tokens, 1, clips)
     return dataclasses.replace(
         example,
         tokens=example.tokens[start:],
@@ -134,7 +138,8 @@ def tail_of(example: Example, start: int, layout: Layout) -> Example:
         positions=example.positions[start:],
         image_index=image_index,
         audio_index=audio_index,
-        pixel_values=pixels,
-        audio_values=values,
-        audio_frames=frames,
+        pixel_values=pictures.get("pixel_values", example.pixel_values),
+        slots=pictures if example.slots else {},
+        audio_values=clips["values"],
+        audio_frames=clips["frames"],
     )

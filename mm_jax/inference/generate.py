@@ -15,7 +15,7 @@ from einops import rearrange
 
 from mm_jax.data.packing import Layout
 from mm_jax.errors import UserError
-from mm_jax.inference.batch import PATCH_KEYS, left_aligned, length_bucket, pad_batch
+from mm_jax.inference.batch import left_aligned, length_bucket, pad_batch
 from mm_jax.inference.sampling import Controls, Sampling, sample
 from mm_jax.models import MultimodalLM, init_cache
 
@@ -170,8 +170,8 @@ def answer_ids(output: np.ndarray, stop_ids: tuple[int, ...]) -> list[int]:
 
 def _inputs(batch: Batch) -> list[str]:
     keys = ["tokens", "segment_ids", "positions"]
-    names = ("pixel_values", "audio_values", "audio_frames", *PATCH_KEYS)
-    media = [key for key in names if key in batch]
+    unread = (*keys, "media_index", "image_segment_ids", "audio_segment_ids")
+    media = sorted(key for key in batch if key not in unread)
     return keys + (["media_index", *media] if media else [])
 
 

@@ -46,19 +46,12 @@ class TextStream:
     def push(self, ids: Sequence[int]) -> str:
         """The text that `ids` add."""
         self.ids += [int(i) for i in ids]
-        return self._emit(self._processor.parts(self._complete(), self._transforms), final=False)
+        whole = self._processor.complete(self.ids)
+        return self._emit(self._processor.parts(whole, self._transforms), final=False)
 
     def finish(self) -> str:
         """What was held back."""
         return self._emit(self._processor.parts(self.ids, self._transforms), final=True)
-
-    def _complete(self) -> list[int]:
-        """The ids without location tokens at the end that are not a whole box yet."""
-        boxes = self._processor.boxes
-        tail = 0
-        while tail < len(self.ids) and boxes.is_location(self.ids[-1 - tail]):
-            tail += 1
-        return self.ids[: len(self.ids) - tail % 4]
 
     def _emit(self, parts: Sequence[Part], final: bool) -> str:
         text = render(parts)

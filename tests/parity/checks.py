@@ -6,10 +6,13 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import torch
 import transformers
 
 import mm_jax
+from mm_jax.checkpoint.hf import save_hf
 from tests.parity import theirs
 
 TOLERANCE = 1e-4
@@ -57,3 +60,47 @@ def same_after_saving(model, lm, arrays: dict[str, np.ndarray], directory: Path,
     for name, value in before.items():
         assert value.dtype == after[name].dtype and value.equal(after[name]), name
     assert np.array_equal(theirs.logits(loaded.eval(), arrays), theirs.logits(model, arrays))
+
+
+def same_gradients(
+    model, lm, arrays: dict[str, np.ndarray], directory: Path, tolerance: float = TOLERANCE
+) -> float:
+    """The gradient of the mean cross-entropy of every next token of text with respect to every parameter.
+
+    Our gradients are saved as if they were a checkpoint, and transformers reads them under its own names.
+
+    Returns:
+      The largest difference over the largest entry of the same tensor's gradient, or over a thousandth of the largest
+      entry of all where a tensor has next to none (biases of keys, which the softmax cancels).
+    """
+    ids, mask = arrays["input_ids"], arrays["attention_mask"].astype(bool)
+    media = np.isin(ids, list(lm.checkpoint.rule.tokens.values()))
+    wanted = (mask[:, 1:] & mask[:, :-1] & ~media[:, 1:]).astype(np.float32)
+    weights = wanted / wanted.sum()
+    model.zero_grad()
+    logits = model(**{k: torch.from_numpy(v) for k, v in arrays.items()}).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(ids[:, 1:]).long().flatten(), reduction="none"
+    )
+    expected = (losses * torch.from_numpy(weights).flatten()).sum()
+    expected.backward()
+
+    def loss(params):
+        logp = jax.nn.log_softmax(lm.apply(params, lm_batch)[:, :-1])
+        return -jnp.sum(jnp.take_along_axis(logp, jnp.asarray(ids)[:, 1:, None], axis=-1)[..., 0] * weights)
+
+    lm_batch = lm.batch(**arrays)
+    found, gradients = jax.jit(jax.value_and_grad(loss))(lm.params)
+    assert abs(float(found) - float(expected)) <= tolerance
+    save_hf(directory, lm.checkpoint, gradients)
+    ours = type(model).from_pretrained(directory).state_dict()
+    theirs_ = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(theirs_) > 0.5 * len(lm.checkpoint.system.weights)
+    largest = max(float(g.abs().max()) for g in theirs_.values())
+    errors = {
+        name: float((ours[name] - g).abs().max()) / max(float(g.abs().max()), 1e-3 * largest)
+        for name, g in theirs_.items()
+    }
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= tolerance, (worst, errors[worst])
+    return errors[worst]

@@ -8,7 +8,7 @@ transformers = pytest.importorskip("transformers")
 
 import mm_jax  # noqa: E402
 from tests.parity import theirs  # noqa: E402
-from tests.parity.checks import same_after_saving, same_greedy, same_logits  # noqa: E402
+from tests.parity.checks import same_after_saving, same_gradients, same_greedy, same_logits  # noqa: E402
 
 IMAGE = 96
 KIND = "LlavaForConditionalGeneration"
@@ -76,6 +76,7 @@ def test_matches_transformers(case, tmp_path):
     if case != "siglip-qwen2":
         same_greedy(model, lm, left)
     same_after_saving(model, lm, right, tmp_path / "out", KIND)
+    same_gradients(model, lm, left, tmp_path / "gradients")
 
 
 def hub(name: str) -> str:
@@ -108,7 +109,7 @@ def leaves(params):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda a: a | {"pixel_values": a["pixel_values"][:2]}, r"2 pictures have 9 tokens each.*\[9, 18\]"),
+        (lambda a: a | {"pixel_values": a["pixel_values"][:2]}, r"2 images take 9, 9 tokens.*\[9, 18\]"),
         (lambda a: {k: v for k, v in a.items() if k != "pixel_values"}, "27 image tokens.*no pixel_values"),
         (lambda a: a | {"pixel_values": a["pixel_values"][..., :16]}, r"\[pictures, 3, 24, 24\] is needed"),
         (lambda a: a | {"input_ids": a["input_ids"] + 90}, "the vocabulary has 0 to 96"),
@@ -123,7 +124,7 @@ def test_wrong_batches(change, message, llava):
 
 
 def test_chat_says_what_is_missing(llava):
-    with pytest.raises(mm_jax.UserError, match="not implemented yet"):
+    with pytest.raises(mm_jax.UserError, match="no tokenizer.json"):
         llava.chat([{"role": "user", "content": "hello"}])
 
 

@@ -1,0 +1,299 @@
+"""Conversations to examples, and answers back, with the tokenizer and template of a Hugging Face directory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mm_jax.data.chat_template import ChatTemplate, read_template, unmark
+from mm_jax.data.example import Example
+from mm_jax.data.image import Transform
+from mm_jax.data.media import MAX_PIXELS, decode_audio, decode_image
+from mm_jax.data.media_rule import MEDIA, Arrays, Item, MediaRule
+from mm_jax.data.messages import (
+    Audio,
+    BadSample,
+    Box,
+    Conversation,
+    Image,
+    Message,
+    Part,
+    Text,
+    parts_from_json,
+)
+from mm_jax.data.pretrained_tokenizer import PretrainedTokenizer
+from mm_jax.errors import UserError
+
+Items = dict[str, list[Item]]
+KINDS = {"image": Image, "audio": Audio}
+_NAMES = {"image": "picture", "audio": "clip", "video": "video"}
+
+
+class PretrainedProcessor:
+    """What `mm_jax.data.processor.Processor` is for our own models. Picklable and without state.
+
+    Args:
+      template: None where the directory has none; then only text and arrays can be used.
+      rule: of the family.
+      pad_id, stop_ids: of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PretrainedTokenizer,
+        template: ChatTemplate | None,
+        rule: MediaRule,
+        *,
+        pad_id: int,
+        stop_ids: Sequence[int],
+    ):
+        self.tokenizer, self.template, self.rule = tokenizer, template, rule
+        self.pad_id, self.stop_ids = pad_id, tuple(stop_ids)
+        self._tokens = {kind: self._token(token) for kind, token in rule.tokens.items()}
+
+    def _token(self, token: int) -> str:
+        found = self.tokenizer.backend.id_to_token(token)
+        if found is None:
+            raise UserError(f"the tokenizer has no token {token}, which config.json names for media")
+        return found
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        rule: MediaRule,
+        *,
+        pad_id: int,
+        stop_ids: Sequence[int],
+        template: str | None = None,
+    ) -> PretrainedProcessor:
+        """From the files of a directory.
+
+        Args:
+          template: of the family, where the directory has none.
+
+        Raises UserError: no tokenizer.json, or damaged files.
+        """
+        tokenizer = PretrainedTokenizer.load(directory)
+        source = read_template(directory) or template
+        found = None if source is None else ChatTemplate(source, tokenizer.named)
+        return cls(tokenizer, found, rule, pad_id=pad_id, stop_ids=stop_ids)
+
+    def prompt(
+        self,
+        messages: Conversation | Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Example:
+        """Everything up to and including the header of the answer to come; nothing is trainable.
+
+        Args:
+          messages: `Message`s, or JSON objects with whatever keys the template knows (tool_calls, name, ...).
+          tools, options: see `ChatTemplate.render`.
+
+        Raises BadSample: what the template refuses, unreadable media, or media whose placeholders are not in the text.
+        """
+        messages = messages.messages if isinstance(messages, Conversation) else messages
+        plain, items, transforms = self._read(messages)
+        text = self._template.render(plain, answer_header=True, tools=tools, options=options)
+        return self._example(unmark(text)[0], items, transforms)
+
+    def example(
+        self,
+        conversation: Conversation | Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Example:
+        """A conversation that ends with an answer; trainable are all answers and the stop tokens behind them."""
+        known = isinstance(conversation, Conversation)
+        messages = conversation.messages if known else conversation
+        plain, items, transforms = self._read(messages)
+        stops = [self._token(token) for token in self.stop_ids]
+        text = self._template.marked(plain, stops, tools=tools, options=options)
+        source, name = (conversation.source, conversation.id) if known else ("", "")
+        return self._example(text, items, transforms, source=source, id=name)
+
+    @property
+    def _template(self) -> ChatTemplate:
+        if self.template is None:
+            raise UserError(
+                "the checkpoint has no chat template (chat_template.jinja), so messages cannot be written as text; use "
+                "lm.batch(input_ids=..., ...)"
+            )
+        return self.template
+
+    def _read(
+        self, messages: Sequence[Message | Mapping[str, Any]]
+    ) -> tuple[list[dict[str, Any]], Items, list[Transform]]:
+        """Plain data for the template, the media, and where their pixels are."""
+        read = [
+            m.parts if isinstance(m, Message) else parts_from_json(m.get("content") or "", f"message {k}")
+            for k, m in enumerate(messages)
+        ]
+        sources: dict[str, list[Part]] = {
+            kind: [part for parts in read for part in parts if isinstance(part, of)]
+            for kind, of in KINDS.items()
+        }
+        for kind, found in sources.items():
+            if found and kind not in self.rule.tokens:
+                raise BadSample(f"a {_NAMES[kind]}, but this model takes none", "no_encoder")
+        pictures = [self._picture(part.source) for part in sources["image"]]
+        clips = [self._clip(part.source, part.sample_rate) for part in sources["audio"]]
+        items = {}
+        if pictures:
+            items["image"] = self.rule.items("image", self.rule.images(pictures), ())
+        if clips:
+            items["audio"] = self.rule.items("audio", self.rule.audio(clips), ())
+        transforms = [self.rule.transform((p.shape[1], p.shape[0])) for p in pictures]
+        plain = [self._plain(m, parts, transforms) for m, parts in zip(messages, read, strict=True)]
+        return plain, items, transforms
+
+    def _plain(
+        self, message: Message | Mapping[str, Any], parts: Sequence[Part], transforms: Sequence[Transform]
+    ) -> dict[str, Any]:
+        """What the template sees: no media, and boxes as text."""
+        if isinstance(message, Message):
+            rest, whole = {"role": message.role}, all(isinstance(part, Text) for part in parts)
+        else:
+            rest = {key: value for key, value in message.items() if key not in ("content", "task")}
+            if message.get("content") is None:
+                return rest
+            whole = isinstance(message["content"], str)
+        if whole:
+            return rest | {"content": "".join(part.text for part in parts)}
+        content = []
+        for part in parts:
+            if isinstance(part, Text):
+                content.append({"type": "text", "text": part.text})
+            elif isinstance(part, Box):
+                if part.image >= len(transforms):
+                    raise BadSample(
+                        f"a box in picture {part.image}, but there are {len(transforms)}", "bad_box"
+                    )
+                text = self.rule.write_box(part, transforms[part.image])
+                content.append({"type": "text", "text": text})
+            else:
+                kind = next(kind for kind, of in KINDS.items() if isinstance(part, of))
+                content.append({"type": kind, kind: kind})
+        return rest | {"content": content}
+
+    def _picture(self, source: Any) -> np.ndarray:
+        return np.asarray(decode_image(source, MAX_PIXELS, plain=True))
+
+    def _clip(self, source: Any, rate: int | None) -> np.ndarray:
+        return decode_audio(source, self.rule.sample_rate, rate)
+
+    def _example(self, text: str, items: Items, transforms: list[Transform], **names: str) -> Example:
+        text, spans = unmark(self._expand(text, items))
+        # as the reference's processors do, and its tokenizers for text alone do not
+        begin = self.tokenizer.named.get("bos_token")
+        around = bool(self.rule.tokens) and not (begin and text.startswith(begin))
+        ids, places = self.tokenizer.encode_places(text, around)
+        weights = np.zeros(len(ids), np.float32)
+        for start, end in spans:
+            weights += [a < end and b > start for a, b in places]
+        return assemble(
+            self.rule, np.array(ids, np.int32), items, weights=weights, transforms=transforms, **names
+        )
+
+    def _expand(self, text: str, items: Items) -> str:
+        """The text with media tokens for each placeholder."""
+        placeholders = {self.rule.placeholders.get(kind, token): kind for kind, token in self._tokens.items()}
+        if not placeholders:
+            return text
+        left = {kind: list(reversed(items.get(kind, ()))) for kind in self._tokens}
+        pieces = re.split("(" + "|".join(map(re.escape, placeholders)) + ")", text)
+        for kind, media in left.items():
+            count = sum(placeholders.get(piece) == kind for piece in pieces[1::2])
+            if count != len(media):
+                raise BadSample(
+                    f"{len(media)} of {_NAMES[kind]} in the messages, but the text has {count} of their placeholders",
+                    "placeholder_mismatch",
+                )
+        for k in range(1, len(pieces), 2):
+            kind = placeholders[pieces[k]]
+            item = left[kind].pop()
+            written = item.text or MEDIA * len(item.index)
+            pieces[k] = written.replace(MEDIA, self._tokens[kind])
+        return "".join(pieces)
+
+    def preprocess(self, images: Sequence = (), audio: Sequence = ()) -> Arrays:
+        """The media arrays alone, as the reference's processor returns them.
+
+        images: anything that `Image` takes. audio: anything that `Audio` takes, or (samples, rate in Hz).
+        """
+        arrays = {}
+        if len(images):
+            arrays |= self.rule.images([self._picture(image) for image in images])
+        if len(audio):
+            clips = [clip if isinstance(clip, tuple) else (clip, None) for clip in audio]
+            arrays |= self.rule.audio([self._clip(clip, rate) for clip, rate in clips])
+        return arrays
+
+    def parts(self, ids: Sequence[int], transforms: Sequence[Transform] = ()) -> list[Part]:
+        """Generated ids to text and, where the family writes boxes, boxes in pixels of the original pictures."""
+        return self.rule.parse(self.tokenizer.decode(ids), transforms)
+
+    def complete(self, ids: Sequence[int]) -> list[int]:
+        """The ids whose text can be shown already."""
+        return list(ids)
+
+
+def assemble(
+    rule: MediaRule,
+    tokens: np.ndarray,
+    items: Mapping[str, Sequence[Item]],
+    *,
+    weights: np.ndarray | None = None,
+    **fields: Any,
+) -> Example:
+    """One conversation of tokens int32 [T] whose media tokens take the features of the items.
+
+    Raises UserError when there are more or fewer media tokens than the items take.
+    """
+    placed: list[tuple[int, Item, np.ndarray]] = []
+    for kind, token in rule.tokens.items():
+        places, found = np.flatnonzero(tokens == token), items.get(kind, ())
+        ends = np.cumsum([0] + [len(item.index) for item in found])
+        if ends[-1] != len(places):
+            raise UserError(f"the {kind} tokens in the text are {len(places)}, the media take {ends[-1]}")
+        for item, start, end in zip(found, ends[:-1], ends[1:], strict=True):
+            at = places[start:end]
+            placed.append((int(at[0]) if len(at) else len(tokens), item, at))
+    placed.sort(key=lambda entry: entry[0])
+    index = {group: np.full(len(tokens), -1, np.int32) for group in ("image", "audio")}
+    features = {"image": 0, "audio": 0}
+    arrays: dict[str, list[np.ndarray]] = {}
+    for _, item, at in placed:
+        group = "audio" if "audio_values" in item.arrays else "image"
+        index[group][at] = np.where(item.index >= 0, item.index + features[group], item.index)
+        features[group] += item.features
+        for name, array in item.arrays.items():
+            before = arrays.setdefault(name, [])
+            if name.endswith("segment_ids"):  # numbers go on behind those of the items before
+                array = np.where(array > 0, array + max((a.max(initial=0) for a in before), default=0), 0)
+            before.append(array)
+    joined = {name: np.concatenate(found) for name, found in arrays.items()}
+    audio = {name: joined.pop(name) for name in ("audio_values", "audio_frames") if name in joined}
+    pixels = (
+        joined.pop("pixel_values") if set(joined) == {"pixel_values"} else np.zeros((0, 0, 0, 3), np.float32)
+    )
+    return Example(
+        tokens=tokens,
+        loss_weights=np.zeros(len(tokens), np.float32) if weights is None else weights,
+        segments=np.ones(len(tokens), np.int32),
+        positions=rule.positions(tokens, items),
+        image_index=index["image"],
+        audio_index=index["audio"],
+        pixel_values=pixels,
+        audio_values=audio.get("audio_values", np.zeros((0, 0, 0), np.float32)),
+        audio_frames=audio.get("audio_frames", np.zeros(0, np.int32)),
+        slots=joined,
+        **fields,
+    )
