@@ -24,7 +24,7 @@ from mm_jax.checkpoint import safetensors
 from mm_jax.checkpoint.safetensors import Entry, StoredTensor
 from mm_jax.data.media_rule import MediaRule, Settings
 from mm_jax.errors import UserError, nearest
-from mm_jax.families import FAMILIES, Family, System, Weight
+from mm_jax.families import FAMILIES, Family, Names, System, Weight
 from mm_jax.families.fields import token_ids
 from mm_jax.families.media import media_rule
 from mm_jax.models import MultimodalConfig, MultimodalLM, VisionTransformer, dummy_batch
@@ -92,7 +92,7 @@ def load_hf(
         raise UserError(f'dtype is "{dtype}"{nearest(str(dtype), FLOATS)}')
     family = FAMILIES[kind]
     tensors = _canonical(_tensors(directory), family.renames)
-    system = family.system(values, frozenset(tensors))
+    system = family.system(values, Names.of({name: tensor.shape for name, tensor in tensors.items()}))
     shapes = abstract_params(system.config)
     unused = _check(directory, tensors, system, shapes)
     cast = None if dtype is None else jnp.dtype(dtype)
@@ -187,15 +187,6 @@ def _canonical(
     return found
 
 
-def _names(weight: Weight, shape: tuple[int, ...]) -> list[str]:
-    return [weight.name.format(k) for k in range(shape[0])] if weight.stacked else [weight.name]
-
-
-def _of_one(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without the axis of layers."""
-    return shape[1:] if weight.stacked else shape
-
-
 def _check(
     directory: Path,
     tensors: Mapping[str, StoredTensor],
@@ -204,9 +195,9 @@ def _check(
 ) -> list[str]:
     """The unused tensors' names; raises UserError for all that does not fit."""
     expected = {
-        name: weight.their_shape(_of_one(weight, shapes[weight.path]))
+        name: weight.their_shape(shapes[weight.path])
         for weight in system.weights
-        for name in _names(weight, shapes[weight.path])
+        for name in weight.names(shapes[weight.path])
     }
     others = [name for name in tensors if name not in expected]
     unused = [name for name in others if any(fnmatch(name, pattern) for pattern in system.unused)]
@@ -238,20 +229,27 @@ def _read(
 ) -> jax.Array:
     """One parameter, read layer by layer: no more than one layer of it is on the host."""
     sharding = place(weight.path, shape)
-    names = _names(weight, shape)
+    names = weight.names(shape)
     dtype = dtype or tensors[names[0]].dtype
 
-    def array(name: str, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
-        def block(index: tuple[slice, ...]) -> np.ndarray:
+    def array(names: list[str], shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
+        def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
             return np.ascontiguousarray(weight.ours(tensors[name].map())[index], dtype)
+
+        def block(index: tuple[slice, ...]) -> np.ndarray:
+            if weight.depth < 2:
+                return one(names[0], index)
+            return np.stack([one(name, index[1:]) for name in names[index[0]]])
 
         return jax.make_array_from_callback(shape, sharding, block)
 
-    if not weight.stacked:
-        return array(names[0], shape, sharding)
+    if not weight.depth:
+        return array(names, shape, sharding)
     whole = jnp.zeros(shape, dtype, device=sharding)
-    for k, name in enumerate(names):
-        whole = _put(whole, array(name, shape[1:], _of_layer(sharding)), k)
+    each = len(names) // shape[0]
+    for k in range(shape[0]):
+        layer = array(names[k * each : (k + 1) * each], shape[1:], _of_layer(sharding))
+        whole = _put(whole, layer, k)
         whole.block_until_ready()  # or the layers would queue up on the host
     return whole
 
@@ -322,17 +320,15 @@ def save_hf(
 
 
 def _entries(weights: Sequence[Weight], flat: Mapping[str, jax.Array]) -> Iterator[Entry]:
-    """The tensors of one name: one, or one a layer."""
+    """The tensors of one name: one, or one a layer, or one an expert and layer."""
     first, array = weights[0], flat[weights[0].path]
 
-    def read(k: int) -> np.ndarray:
+    def read(k: tuple[int, ...]) -> np.ndarray:
         arrays = (flat[weight.path] for weight in weights)
-        return first.joined(
-            [w.theirs(np.asarray(a[k] if w.stacked else a)) for w, a in zip(weights, arrays, strict=True)]
-        )
+        return first.joined([w.theirs(np.asarray(a[k])) for w, a in zip(weights, arrays, strict=True)])
 
-    shape = first.their_shape(_of_one(first, array.shape))
-    for k, name in enumerate(_names(first, array.shape)):
+    shape = first.their_shape(array.shape)
+    for k, name in zip(np.ndindex(array.shape[: first.depth]), first.names(array.shape), strict=True):
         yield Entry(name, np.dtype(array.dtype), shape, partial(read, k))
 
 

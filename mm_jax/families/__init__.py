@@ -33,11 +33,15 @@ from mm_jax.families import (
     mistral,
     opt,
     qwen2,
+    qwen2_5_vl,
     qwen2_vl,
     qwen3,
+    qwen3_moe,
+    qwen3_vl,
+    qwen3_vl_moe,
     siglip,
 )
-from mm_jax.families.family import Family, System, Weight
+from mm_jax.families.family import Family, Names, System, Weight
 
 FAMILIES: dict[str, Family] = {
     "clip_vision_model": clip.FAMILY,
@@ -52,8 +56,12 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "opt": opt.FAMILY,
     "qwen2": qwen2.FAMILY,
+    "qwen2_5_vl": qwen2_5_vl.FAMILY,
     "qwen2_vl": qwen2_vl.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "qwen3_vl": qwen3_vl.FAMILY,
+    "qwen3_vl_moe": qwen3_vl_moe.FAMILY,
     "siglip_vision_model": siglip.FAMILY,
 }
 
@@ -76,4 +84,4 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-__all__ = ["FAMILIES", "Family", "System", "Weight", "families"]
+__all__ = ["FAMILIES", "Family", "Names", "System", "Weight", "families"]

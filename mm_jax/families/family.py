@@ -38,7 +38,8 @@ class Weight:
     """One of the reference's tensors and the place of its values in our parameters.
 
     Attributes:
-      name: theirs; "{}" stands for the number of a layer, and ours then has a leading axis of layers.
+      name: theirs; "{}" stands for the number of a layer, and ours then has a leading axis of layers. A second
+        one stands for the number of an expert.
       path: ours, such as "decoder/layers/attention/query/kernel".
       pattern: einops pattern from theirs to ours, without the axis of layers; "" for equal arrays. It is read
         backwards to save.
@@ -53,8 +54,13 @@ class Weight:
     part: Part | None = None
 
     @property
-    def stacked(self) -> bool:
-        return "{}" in self.name
+    def depth(self) -> int:
+        """Leading axes of ours that number tensors of theirs."""
+        return self.name.count("{}")
+
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        """Their tensors behind our array of `shape`."""
+        return [self.name.format(*k) for k in np.ndindex(shape[: self.depth])]
 
     def ours(self, array: np.ndarray) -> np.ndarray:
         """Their array (of one layer) as ours; a view where it can be."""
@@ -74,8 +80,8 @@ class Weight:
         return _backwards(whole, self.part.pattern, self.part.sizes)
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of their array where ours (of one layer) has `shape`."""
-        part = self.theirs(np.broadcast_to(np.int8(0), shape))
+        """The shape of one of their arrays where ours, of all layers, has `shape`."""
+        part = self.theirs(np.broadcast_to(np.int8(0), shape[self.depth :]))
         if self.part is not None:
             part = np.broadcast_to(np.int8(0), (self.part.total, *part.shape[1:]))
         return self.joined([part]).shape
@@ -88,6 +94,22 @@ def _forwards(array: np.ndarray, pattern: str, sizes: tuple[tuple[str, int], ...
 def _backwards(array: np.ndarray, pattern: str, sizes: tuple[tuple[str, int], ...]) -> np.ndarray:
     before, _, after = pattern.partition("->")
     return rearrange(array, f"{after} -> {before}", **dict(sizes)) if pattern else array
+
+
+class Names(frozenset[str]):
+    """The names of a checkpoint's tensors.
+
+    Attributes:
+      shapes: of those whose shapes are known.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]] = {}
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Names:
+        names = cls(shapes)
+        names.shapes = shapes
+        return names
 
 
 @dataclass(frozen=True)
@@ -157,5 +179,5 @@ class Family:
 
     name: str
     takes: tuple[str, ...]
-    system: Callable[[Mapping[str, Any], frozenset[str]], System]
+    system: Callable[[Mapping[str, Any], Names], System]
     renames: tuple[tuple[str, str], ...] = ()

@@ -3,6 +3,7 @@
 from mm_jax.models.attention import attention, attention_mask, attention_weights, window_mask
 from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
 from mm_jax.models.decoder import Decoder, DecoderConfig, init_cache
+from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.heads import DenseHeads, HeadConfig
 from mm_jax.models.layers import MLP, Attention, EncoderBlock
 from mm_jax.models.multimodal import MultimodalConfig, MultimodalLM, dummy_batch, splice
@@ -13,8 +14,8 @@ from mm_jax.models.vision import VisionTransformer, ViTConfig
 
 __all__ = [
     "MLP", "Attention", "AudioEncoder", "AudioEncoderConfig", "Decoder", "DecoderConfig", "DenseHeads", "EncoderBlock",
-    "HeadConfig", "MLPProjector", "MultimodalConfig", "MultimodalLM", "NativeViT", "NativeViTConfig",
-    "ProjectorConfig", "Resampler", "RopeScaling", "ViTConfig", "VisionTransformer", "attention", "attention_mask",
-    "attention_weights", "axial_rotation", "channel_axes", "dummy_batch", "init_cache", "rotate", "rotation", "splice",
-    "window_mask",
+    "ExpertConfig", "Experts", "HeadConfig", "MLPProjector", "MultimodalConfig", "MultimodalLM", "NativeViT",
+    "NativeViTConfig", "ProjectorConfig", "Resampler", "RopeScaling", "ViTConfig", "VisionTransformer", "attention",
+    "attention_mask", "attention_weights", "axial_rotation", "channel_axes", "dummy_batch", "init_cache", "rotate",
+    "rotation", "splice", "window_mask",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mm_jax.models.attention import window_mask
+from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.layers import MLP, NORMS, Activation, Attention, Norm, sinusoids, stack
 from mm_jax.models.rotary import RopeScaling, Rotation, channel_axes, rotation
 
@@ -38,6 +39,7 @@ class DecoderConfig:
       query_scale: factor on query x key; None for head_dim ** -0.5.
       attention_cap, logit_cap: bounds of the attention's and of the output's logits (Gemma-2); 0 for none.
       qkv_bias: biases on query, key and value (Qwen2); out_bias, mlp_bias: on the other projections.
+      experts: a mixture of experts in place of the MLP of every layer.
     """
 
     vocab_size: int = 1024
@@ -73,6 +75,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    experts: ExpertConfig | None = None
 
 
 Cache = dict[str, jax.Array]
@@ -127,9 +130,12 @@ class DecoderBlock(nn.Module):
             c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_eps, self.dtype,
             qk_norm_kind=c.norm, inner_norm=c.inner_norm, scale=c.query_scale, cap=c.attention_cap, name="attention",
         )  # fmt: skip
-        mlp = MLP(
-            c.mlp_dim, c.activation, c.gated, c.mlp_bias, self.dtype, c.inner_norm, c.norm_eps, name="mlp"
-        )
+        if c.experts is None:
+            mlp = MLP(
+                c.mlp_dim, c.activation, c.gated, c.mlp_bias, self.dtype, c.inner_norm, c.norm_eps, name="mlp"
+            )
+        else:
+            mlp = Experts(c.experts, c.activation, self.dtype, name="mlp")
 
         def norm(name: str, x: jax.Array, here: bool) -> jax.Array:
             return NORMS[c.norm](c.norm_eps, self.dtype, name)(x) if here else x

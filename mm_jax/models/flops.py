@@ -64,7 +64,10 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
     d = config.decoder
     heads = d.num_heads * d.head_dim
     layer = d.embed_dim * (2 * heads + 2 * d.num_kv_heads * d.head_dim)
-    layer += (2 + d.gated) * d.embed_dim * d.mlp_dim
+    if (e := d.experts) is not None:
+        layer += d.embed_dim * (e.num_experts + 3 * e.num_chosen * e.mlp_dim)
+    else:
+        layer += (2 + d.gated) * d.embed_dim * d.mlp_dim
     ends = d.vocab_size * (d.token_dim or d.embed_dim) + 2 * d.token_dim * d.embed_dim
     per_token = 2 * (d.num_layers * layer + ends)
     flops["decoder"] = work.tokens * per_token + d.num_layers * 4 * heads * work.token_pairs

@@ -40,11 +40,10 @@ def test_peak_stays_near_the_largest_tensor(tmp_path):
     entries = []
     for weight in system.weights:
         shape = shapes[weight.path]
-        layers = range(shape[0]) if weight.stacked else [0]
-        theirs = weight.theirs(np.broadcast_to(np.float32(0), shape[1:] if weight.stacked else shape)).shape
-        for k in layers:
+        theirs = weight.their_shape(shape)
+        for name in weight.names(shape):
             read = lambda theirs=theirs: np.ones(theirs, np.float32)  # noqa: E731
-            entries.append(Entry(weight.name.format(k), np.dtype(np.float32), theirs, read))
+            entries.append(Entry(name, np.dtype(np.float32), theirs, read))
     write(tmp_path / "model.safetensors", entries)
     (tmp_path / "config.json").write_text(json.dumps(VALUES))
     done = subprocess.run([sys.executable, "-c", LOAD, tmp_path], check=True, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def build(config, directory: Path, kind: str = "AutoModelForCausalLM", dtype: st
     with torch.no_grad():
         for name, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
-            if value.ndim == 1 and "norm" in name and name.endswith("weight"):
+            if value.ndim == 1 and re.search(r"norm|\bln_", name) and name.endswith("weight"):
                 value.copy_(1 + 0.2 * noise)
             elif value.ndim == 1:
                 value.copy_(0.2 * noise)
@@ -150,3 +151,21 @@ def generate(model, arrays: dict[str, np.ndarray], new: int = 16) -> tuple[np.nd
     scores = torch.stack(out.logits, 1).float()
     best = scores.topk(2, dim=-1).values
     return out.sequences[:, -new:].numpy(), (best[..., 0] - best[..., 1]).numpy()
+
+
+def gradients(model, arrays: dict[str, np.ndarray], counted: np.ndarray, directory: Path) -> float:
+    """Writes a checkpoint whose tensors are the gradients of the mean loss over `counted` next tokens; the loss."""
+    inputs = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    logits = model(**inputs).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), inputs["input_ids"][:, 1:], reduction="none"
+    )
+    loss = losses[torch.from_numpy(counted)].mean()
+    loss.backward()
+    copy = type(model)(model.config)
+    with torch.no_grad():
+        for (_, value), (_, source) in zip(copy.named_parameters(), model.named_parameters(), strict=True):
+            value.copy_(torch.zeros_like(value) if source.grad is None else source.grad)
+    model.zero_grad()
+    copy.save_pretrained(directory)
+    return float(loss.detach())
