@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from mm_jax.data.native_pixels import fitting_size, patch_times, patchify
-from mm_jax.data.patches import Medium, PatchLayout, features, fill, place, positions
+from mm_jax.data.patches import Medium, PatchLayout, place, positions
 from mm_jax.errors import UserError
 
 
-def medium(*grid: int, step: float = 1.0, start: int = 0) -> Medium:
+def medium(*grid: int, step: float = 1.0) -> Medium:
     """Each patch holds its own number."""
-    patches = np.arange(start, start + np.prod(grid), dtype=np.float32)
+    patches = np.arange(np.prod(grid), dtype=np.float32)
     return Medium(patches[:, None], grid, step)
 
 
@@ -36,31 +36,24 @@ def test_windows_have_slots_of_their_own():
     assert placed.features.tolist() == [0, 1, 4, 2, 3, 5, 8, 9, 12, 10, 11, 13]
 
 
-@pytest.mark.parametrize(
-    "layout", [PatchLayout(2), PatchLayout(2, 4), PatchLayout(3, 6, 5), PatchLayout(1, 2, 3)]
-)
-@pytest.mark.parametrize("seed", range(4))
+LAYOUTS = [PatchLayout(2), PatchLayout(2, 4), PatchLayout(3, 6, 5), PatchLayout(1, 2, 3)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seed", range(8))
 def test_every_token_finds_its_square(layout, seed):
-    """Whatever the grids: each token's feature is made of the patches that come in its turn, and of no others."""
-    random = np.random.default_rng(seed)
-    m = layout.merge
-    rows = [
-        [medium(random.integers(1, 4), *(m * random.integers(1, 6, 2)), start=1000 * k) for k in range(n)]
-        for n in (3, 1, 0)
-    ]
-    batch = fill(rows, layout)
-    assert batch["patches"].shape[1] % layout.block == 0
-    for r, media in enumerate(rows):
-        squares = batch["patches"][r].reshape(-1, m * m)
-        expected = np.concatenate([x.patches.reshape(-1, m * m) for x in media] + [np.zeros((0, m * m))])
-        assert np.array_equal(squares[features(media, layout)], expected)
-        segments = batch["patch_segment_ids"][r]
-        assert (segments > 0).sum() == expected.size and segments.max(initial=0) == sum(
-            x.grid[0] for x in media
-        )
-        if layout.table_side and len(media):
-            weights = batch["patch_table_weights"][r][segments > 0]
-            assert np.allclose(weights.sum(-1), 1) and (weights >= 0).all()
+    """Whatever the grid: each token's feature is made of the patches that come in its turn, and of no others."""
+    random, m = np.random.default_rng(seed), layout.merge
+    grid = (int(random.integers(1, 4)), *(int(n) for n in m * random.integers(1, 6, 2)))
+    placed = place(grid, layout)
+    assert len(placed.order) == layout.num_slots(grid) and len(placed.order) % layout.block == 0
+    squares = placed.order.reshape(-1, m * m)
+    assert np.array_equal(squares[placed.features], np.arange(np.prod(grid)).reshape(-1, m * m))
+    real = placed.order >= 0
+    assert real.sum() == np.prod(grid) and np.array_equal(placed.frames > 0, real)
+    assert np.array_equal(placed.frames[real] - 1, placed.order[real] // (grid[1] * grid[2]))
+    if layout.table_side:
+        assert np.allclose(placed.table_weights.sum(-1), 1) and (placed.table_weights >= 0).all()
 
 
 def test_table_corners():

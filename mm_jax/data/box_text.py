@@ -1,0 +1,53 @@
+"""Boxes that models write as ordinary text, such as (10,20),(30,40)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mm_jax.data.image import Transform
+from mm_jax.data.messages import Box, Part, Text
+
+
+@dataclass(frozen=True)
+class BoxText:
+    """A text format of boxes.
+
+    Attributes:
+      form: how a box is written; {0} to {3} are x0, y0, x1, y1.
+      pattern: regular expression that finds one; its groups are x0, y0, x1, y1.
+      scale: coordinates run from 0 to this over the picture; 0: they are pixels of the picture that the model sees.
+    """
+
+    form: str
+    pattern: str
+    scale: int = 1000
+
+    def write(self, box: Box, transform: Transform) -> str:
+        """A box in original pixels as text."""
+        width, height = self._sides(transform)
+        x0, y0, x1, y1 = transform.forward(box.box)
+        return self.form.format(round(x0 * width), round(y0 * height), round(x1 * width), round(y1 * height))
+
+    def parse(self, text: str, transforms: Sequence[Transform]) -> list[Part]:
+        """Text with boxes to parts, boxes in original pixels. The text does not say of which picture a box is: of the
+        first one. Without pictures it stays text."""
+        if not transforms:
+            return [Text(text)] if text else []
+        width, height = self._sides(transforms[0])
+        parts: list[Part] = []
+        end = 0
+        for found in re.finditer(self.pattern, text):
+            if found.start() > end:
+                parts.append(Text(text[end : found.start()]))
+            x0, y0, x1, y1 = map(float, found.groups())
+            box = transforms[0].inverse((x0 / width, y0 / height, x1 / width, y1 / height))
+            parts.append(Box(box, 0))
+            end = found.end()
+        if end < len(text):
+            parts.append(Text(text[end:]))
+        return parts
+
+    def _sides(self, transform: Transform) -> tuple[float, float]:
+        return (self.scale, self.scale) if self.scale else transform.size
