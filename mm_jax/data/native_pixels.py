@@ -7,12 +7,15 @@ by torch there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from einops import rearrange
 
 from mm_jax.data.patches import Grid
+from mm_jax.data.pixels import PixelRule, resize
 from mm_jax.errors import UserError
 
 MAX_ASPECT = 200
@@ -102,3 +105,62 @@ def patch_times(indices: Sequence[int], rate: float, per_patch: int) -> list[flo
     indices = [*indices, *[indices[-1]] * (-len(indices) % per_patch)]
     times = [index / rate for index in indices]
     return [(times[k] + times[k + per_patch - 1]) / 2 for k in range(0, len(times), per_patch)]
+
+
+@dataclass(frozen=True)
+class NativePixels:
+    """From pictures and videos to patches, with the settings of a checkpoint.
+
+    Attributes:
+      rule: filter and normalisation of pictures; of videos: video_rule.
+      bounds: fewest and most pixels of a picture; of videos: video_bounds, of a frame or, with shared_bounds, of all
+        frames together.
+      patch, frames, merge: of the tower, see `mm_jax.models.NativeViTConfig`.
+    """
+
+    rule: PixelRule
+    bounds: tuple[int, int]
+    video_rule: PixelRule
+    video_bounds: tuple[int, int]
+    shared_bounds: bool
+    patch: int
+    frames: int
+    merge: int
+
+    @property
+    def factor(self) -> int:
+        """Sides of resized pictures are multiples of this."""
+        return self.patch * self.merge
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that a picture is resized to."""
+        if self.rule.size is None:
+            return height, width
+        return fitting_size(height, width, self.factor, *self.bounds)
+
+    def video_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that frames are resized to."""
+        if self.video_rule.size is None:
+            return height, width
+        if self.shared_bounds:
+            return fitting_video_size(frames, height, width, self.factor, *self.video_bounds, self.frames)
+        return fitting_size(height, width, self.factor, *self.video_bounds)
+
+    def picture(self, picture: np.ndarray) -> tuple[np.ndarray, Grid]:
+        """uint8 [H, W, 3] to patches and their grid."""
+        resized = resize(picture, self.size(*picture.shape[:2]), self.rule.resample)
+        return patchify(self.rule.normalise(resized)[None], self.patch, self.frames, self.merge)
+
+    def video(self, video: np.ndarray) -> tuple[np.ndarray, Grid]:
+        """uint8 [T, H, W, 3] to patches and their grid."""
+        size = self.video_size(*video.shape[:3])
+        resized = np.stack([resize(frame, size, self.video_rule.resample) for frame in video])
+        return patchify(self.video_rule.normalise(resized), self.patch, self.frames, self.merge)
+
+
+def pixel_bounds(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[int, int]:
+    """Fewest and most pixels that the settings of an image or video processor ask for."""
+    size = {**defaults["size"], **(settings.get("size") or {})}
+    return settings.get("min_pixels") or size["shortest_edge"], settings.get("max_pixels") or size[
+        "longest_edge"
+    ]
