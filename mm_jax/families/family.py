@@ -144,9 +144,7 @@ class System:
       text: None for a tower.
       unused: name patterns (as of `fnmatch`) of tensors that the model does not compute with. They are kept, and
         written back on saving.
-      image_token_id, video_token_id: the tokens that stand for one feature of a picture or of a video.
-      positions_per_second: how far the M-RoPE time moves within a second of video; 0: by one from each frame of the
-        grid to the next.
+      image_token_id: the token that stands for one feature of a picture.
       rule: from the files of the checkpoint's directory to how its media become arrays and tokens; None for what
         `mm_jax.families.media.media_rule` makes of the config, which takes arrays and, of encoders for pictures of
         one size, pictures.
@@ -158,8 +156,6 @@ class System:
     text: Text | None = None
     unused: tuple[str, ...] = ()
     image_token_id: int | None = None
-    video_token_id: int | None = None
-    positions_per_second: float = 0.0
     rule: Callable[[Settings], MediaRule] | None = None
     template: str | None = None
 

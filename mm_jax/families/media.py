@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mm_jax.data.media_rule import FixedImage, MediaRule, Settings
-from mm_jax.data.native_rule import NativeRule
 from mm_jax.data.patches import PatchLayout
 from mm_jax.families.family import System
 from mm_jax.models import MultimodalConfig, NativeViTConfig
@@ -21,15 +20,6 @@ def media_rule(system: System, settings: Settings) -> MediaRule:
     config = system.config
     if not isinstance(config, MultimodalConfig) or config.vision is None:
         return MediaRule(settings)
-    if config.native:
-        return NativeRule(
-            settings,
-            tokens={"image": system.image_token_id, "video": system.video_token_id},
-            layout=patch_layout(config.vision),
-            values=config.vision.patch_dim,
-            axes=bool(config.decoder.rope_sections),
-            positions_per_second=system.positions_per_second,
-        )
     if system.image_token_id is None:
         return MediaRule(settings)  # a text that no picture can be put into
     return FixedImage(

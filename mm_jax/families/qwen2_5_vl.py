@@ -6,9 +6,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mm_jax.data.box_text import BoxText
 from mm_jax.families.family import Family, System
 from mm_jax.families.fields import Fields
-from mm_jax.families.qwen2_vl import RENAMES, WHERE, affine, merger, norm, read, text, tower, tower_weights
+from mm_jax.families.qwen2_vl import (
+    RENAMES,
+    WHERE,
+    affine,
+    merger,
+    norm,
+    read,
+    rule,
+    text,
+    tower,
+    tower_weights,
+)
 from mm_jax.families.qwen2_vl import VISION as QWEN2_VL
 from mm_jax.models import MultimodalConfig
 
@@ -20,6 +32,12 @@ VISION = {name: value for name, value in QWEN2_VL.items() if name not in ("embed
     "fullatt_block_indexes": [7, 15, 23, 31],
     "tokens_per_second": 4,
 }
+
+JSON = {
+    "form": '"bbox_2d": [{0}, {1}, {2}, {3}]',
+    "pattern": r'"bbox_2d":\s*\[\s*(\d+),\s*(\d+),\s*(\d+),\s*(\d+)\s*\]',
+}
+BOXES = BoxText(**JSON, scale=0)  # in pixels of the resized picture
 
 
 def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
@@ -49,16 +67,9 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     )
     projector = merger(config, out, text_.decoder.embed_dim, norm_kind="rms")
     model = MultimodalConfig(config, None, image_projector=projector, decoder=text_.decoder)
-    image, video = fields("image_token_id"), fields("video_token_id")
+    found = rule(model, fields, BOXES, positions_per_second=float(per_second))
     fields.finish()
-    return System(
-        model,
-        table,
-        text_,
-        image_token_id=image,
-        video_token_id=video,
-        positions_per_second=float(per_second),
-    )
+    return System(model, table, text_, rule=found)
 
 
 FAMILY = Family("qwen2_5_vl", ("text", "image", "video"), _system, RENAMES)

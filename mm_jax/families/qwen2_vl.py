@@ -4,8 +4,14 @@ M-RoPE; and what the later Qwen-VL families share with it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from mm_jax.data.box_text import BoxText
+from mm_jax.data.media_rule import MediaRule, Settings
+from mm_jax.data.native_rule import NativeRule
+from mm_jax.data.patches import PatchLayout
+from mm_jax.data.pixels import BICUBIC, CLIP_MEAN, CLIP_STD
 from mm_jax.errors import UserError
 from mm_jax.families.family import LINEAR, Family, Part, System, Text, Weight
 from mm_jax.families.fields import Fields
@@ -44,6 +50,17 @@ VISION = {
     "temporal_patch_size": 2,
     "rope_parameters": {},
 }
+# of Qwen2VLImageProcessor; Qwen3-VL uses it too
+IMAGE_PROCESSOR = {
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "resample": BICUBIC,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+BOXES = BoxText(
+    "<|box_start|>({0},{1}),({2},{3})<|box_end|>",
+    r"(?:<\|box_start\|>)?\((\d+),(\d+)\),\((\d+),(\d+)\)(?:<\|box_end\|>)?",
+)
 RENAMES = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))
 WHERE = "config.json: vision_config"
 
@@ -103,6 +120,24 @@ def merger(config: NativeViTConfig, width: int, decoder_width: int, **options: A
     merge = config.merge**2
     options = {"norm_each": True, "activation": "gelu"} | options
     return ProjectorConfig("mlp", merge=(merge, 1), hidden_dim=merge * config.embed_dim, **options)
+
+
+def rule(
+    config: MultimodalConfig, fields: Fields, boxes: BoxText, **options: Any
+) -> Callable[[Settings], MediaRule]:
+    """How pictures and videos become patches and tokens; `options` are those of `NativeRule`."""
+    vision = config.vision
+    return partial(
+        NativeRule,
+        tokens={"image": fields("image_token_id"), "video": fields("video_token_id")},
+        layout=PatchLayout(vision.merge, vision.window, vision.table_side),
+        patch=vision.patch_size,
+        frames=vision.frames,
+        axes=True,
+        defaults=IMAGE_PROCESSOR,
+        boxes=boxes,
+        **options,
+    )
 
 
 def affine(name: str, path: str, bias: bool = True) -> list[Weight]:
@@ -173,9 +208,9 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     )
     projector = merger(config, out, text_.decoder.embed_dim)
     model = MultimodalConfig(config, None, image_projector=projector, decoder=text_.decoder)
-    image, video = fields("image_token_id"), fields("video_token_id")
+    found = rule(model, fields, BOXES)
     fields.finish()
-    return System(model, table, text_, image_token_id=image, video_token_id=video)
+    return System(model, table, text_, rule=found)
 
 
 FAMILY = Family("qwen2_vl", ("text", "image", "video"), _system, RENAMES)

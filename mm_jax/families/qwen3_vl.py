@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from mm_jax.data.box_text import BoxText
 from mm_jax.families.family import Family, System, Text, Weight
 from mm_jax.families.fields import Fields
 from mm_jax.families.llama import Reader, common
+from mm_jax.families.qwen2_5_vl import JSON
 from mm_jax.families.qwen2_vl import VISION as QWEN2_VL
-from mm_jax.families.qwen2_vl import WHERE, affine, merger, norm, read, sectioned, tower, tower_weights
+from mm_jax.families.qwen2_vl import WHERE, affine, merger, norm, read, rule, sectioned, tower, tower_weights
 from mm_jax.families.qwen3 import DEFAULTS as QWEN3
 from mm_jax.models import MultimodalConfig
 
@@ -93,9 +95,9 @@ def system(reader: Reader, values: Mapping[str, Any], names: frozenset[str]) -> 
         decoder=text_.decoder,
         deep_projector=deep,
     )
-    image, video = fields("image_token_id"), fields("video_token_id")
+    found = rule(model, fields, BoxText(**JSON))
     fields.finish()
-    return System(model, tuple(table), text_, image_token_id=image, video_token_id=video)
+    return System(model, tuple(table), text_, rule=found)
 
 
 FAMILY = Family("qwen3_vl", ("text", "image", "video"), partial(system, text))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mm_jax.data.native_pixels import fitting_size, patch_times, patchify
+from mm_jax.data.native_pixels import fitting_size, patchify
 from mm_jax.data.patches import Medium, PatchLayout, place, positions
 from mm_jax.errors import UserError
 
@@ -116,7 +116,3 @@ def test_sizes():
     assert fitting_size(3000, 2000, 28, 56 * 56, 28 * 28 * 1280) == (1204, 812)
     with pytest.raises(UserError, match="more than 200 times"):
         fitting_size(1, 201, 28, 1, 10**6)
-
-
-def test_times():
-    assert patch_times([0, 4, 9], 4.0, 2) == [0.5, 2.25]

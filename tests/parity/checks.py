@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from safetensors.numpy import load_file
 
 import mm_jax
 from mm_jax.checkpoint.hf import save_hf
@@ -49,39 +48,6 @@ def same_greedy(model, lm, arrays: dict[str, np.ndarray], new: int = 16) -> None
         assert same == new or margin[same] < 0.02, (mine, yours, margin)
         compared += same
     assert compared > new, "the reference's choices are too close to compare"
-
-
-def same_gradients(
-    model, lm, arrays: dict[str, np.ndarray], directory: Path, tolerance: float = 1e-4
-) -> float:
-    """Gradients of the mean cross-entropy of the next tokens, for every tensor of the checkpoint.
-
-    The largest difference, relative to the largest entry of its tensor (or to a thousandth of the largest of all). Both
-    sides are written as checkpoints, whose names are then the same.
-    """
-    real = arrays["attention_mask"].astype(bool)
-    counted, labels = real[:, 1:] & real[:, :-1], arrays["input_ids"][:, 1:]
-    batch = lm.batch(**arrays)
-
-    def loss(params):
-        logits = jax.nn.log_softmax(lm.apply(params, batch)[:, :-1])
-        taken = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        return -jnp.sum(taken * counted) / counted.sum()
-
-    value, gradients = jax.jit(jax.value_and_grad(loss))(lm.params)
-    save_hf(directory / "ours", lm.checkpoint, gradients)
-    expected = theirs.gradients(model, arrays, counted, directory / "theirs")
-    assert abs(value - expected) < 1e-4 * abs(expected)
-    ours, found = (load_file(directory / side / "model.safetensors") for side in ("ours", "theirs"))
-    largest = max(np.abs(array).max() for array in found.values())
-    errors = {
-        name: np.abs(ours[name] - array).max() / max(np.abs(array).max(), 1e-3 * largest)
-        for name, array in found.items()
-        if name not in lm.checkpoint.unused
-    }
-    worst = max(errors, key=errors.get)
-    assert errors[worst] <= tolerance, (worst, errors[worst])
-    return float(errors[worst])
 
 
 def same_after_saving(model, lm, arrays: dict[str, np.ndarray], directory: Path, kind: str) -> None:

@@ -33,7 +33,7 @@ def test_pictures(name):
     theirs = Qwen2VLImageProcessorPil(**settings)
     rule = PixelRule.read(settings, DEFAULTS)
     bounds = pixel_bounds(settings, DEFAULTS)
-    ours = NativePixels(rule, bounds, rule, bounds, False, settings.get("patch_size", 14), 2, 2)
+    ours = NativePixels(rule, bounds, settings.get("patch_size", 14), 2, 2)
     random = np.random.default_rng(0)
     for size in SIZES:
         picture = random.integers(0, 256, (*size, 3), np.uint8)
@@ -45,6 +45,6 @@ def test_pictures(name):
 
 def test_too_long():
     rule = PixelRule.read({}, DEFAULTS)
-    ours = NativePixels(rule, (3136, 10**6), rule, (3136, 10**6), False, 14, 2, 2)
+    ours = NativePixels(rule, (3136, 10**6), 14, 2, 2)
     with pytest.raises(UserError, match="more than 200 times"):
         ours.picture(np.zeros((2, 500, 3), np.uint8))

@@ -151,21 +151,3 @@ def generate(model, arrays: dict[str, np.ndarray], new: int = 16) -> tuple[np.nd
     scores = torch.stack(out.logits, 1).float()
     best = scores.topk(2, dim=-1).values
     return out.sequences[:, -new:].numpy(), (best[..., 0] - best[..., 1]).numpy()
-
-
-def gradients(model, arrays: dict[str, np.ndarray], counted: np.ndarray, directory: Path) -> float:
-    """Writes a checkpoint whose tensors are the gradients of the mean loss over `counted` next tokens; the loss."""
-    inputs = {k: torch.from_numpy(v) for k, v in arrays.items()}
-    logits = model(**inputs).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), inputs["input_ids"][:, 1:], reduction="none"
-    )
-    loss = losses[torch.from_numpy(counted)].mean()
-    loss.backward()
-    copy = type(model)(model.config)
-    with torch.no_grad():
-        for (_, value), (_, source) in zip(copy.named_parameters(), model.named_parameters(), strict=True):
-            value.copy_(torch.zeros_like(value) if source.grad is None else source.grad)
-    model.zero_grad()
-    copy.save_pretrained(directory)
-    return float(loss.detach())
