@@ -216,15 +216,20 @@ class LanguageModel:
         """A chat of several turns that reads only what is new in each."""
         return ChatSession(self, messages_from_json(messages) if messages else ())
 
-    def preprocess(self, images: Sequence = (), audio: Sequence = ()) -> dict[str, np.ndarray]:
+    def preprocess(
+        self, images: Sequence = (), audio: Sequence = (), videos: Sequence = ()
+    ) -> dict[str, np.ndarray]:
         """The media arrays alone: pixel_values [n, H, W, 3]; audio_values [m, F, mels], audio_frames [m].
 
         Of a Hugging Face checkpoint: those of its processor in transformers, such as pixel_values [n, 3, H, W].
 
-        images: anything that `Image` takes. audio: anything that `Audio` takes, or (samples, rate in Hz).
+        images: anything that `Image` takes. audio: anything that `Audio` takes, or (samples, rate in Hz). videos:
+        anything that `Video` takes, or (source, frames a second).
         """
         self._check_media([Message("user", (*(Image(i) for i in images), *(Audio(b"") for _ in audio)))])
-        return self.processor.preprocess(images, audio)
+        if len(videos) and (self.checkpoint is None or "video" not in self.checkpoint.rule.tokens):
+            raise UserError("this model takes no videos")
+        return self.processor.preprocess(images, audio, **({"videos": videos} if len(videos) else {}))
 
     def attention(self, messages: Messages, answer: Sequence[int]) -> tuple[Example, dict[str, np.ndarray]]:
         """Where the decoder and the resamplers look while they read a prompt and its answer.

@@ -89,6 +89,35 @@ def decode_image(source, max_pixels: int = MAX_PIXELS, plain: bool = False) -> P
         raise MediaError(f"{name}: damaged or truncated image ({text})", "unreadable_image") from None
 
 
+def decode_video(source, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, float | None]:
+    """Anything video-like to frames uint8 [T, H, W, 3] and, where the source says, frames a second.
+
+    source: an animation as encoded bytes, a path or a data URL; frames [T, H, W, 3], or a list of what `decode_image`
+    takes, all of one size.
+
+    Raises MediaError.
+    """
+    if isinstance(source, list | tuple | np.ndarray):
+        frames = [np.asarray(decode_image(frame, max_pixels)) for frame in source]
+        if not frames or len({frame.shape for frame in frames}) > 1:
+            raise MediaError(
+                "the frames of a video need one size, and there must be some", "unreadable_video"
+            )
+        return np.stack(frames), None
+    image, name = _open_image(source, max_pixels)
+    try:
+        frames, seconds = [], 0.0
+        for k in range(getattr(image, "n_frames", 1)):
+            image.seek(k)
+            image.load()
+            frames.append(np.asarray(_rgb(image.copy())))
+            seconds += image.info.get("duration", 0) / 1000
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        text = " ".join(str(error).split())
+        raise MediaError(f"{name}: damaged or truncated animation ({text})", "unreadable_video") from None
+    return np.stack(frames), len(frames) / seconds if seconds else None
+
+
 def image_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) after EXIF rotation. Raises MediaError.
 

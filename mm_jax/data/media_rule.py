@@ -131,8 +131,8 @@ class MediaRule:
         """Clips float32 [T] at `sample_rate` to the reference's arrays."""
         raise NotImplementedError
 
-    def videos(self, videos: Sequence[np.ndarray]) -> Arrays:
-        """Videos uint8 [frames, H, W, 3] to the reference's arrays."""
+    def videos(self, videos: Sequence[tuple[np.ndarray, float | None]]) -> Arrays:
+        """Videos as frames uint8 [T, H, W, 3] and frames a second (None: unknown) to the reference's arrays."""
         raise NotImplementedError
 
     def items(self, kind: str, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[Item]:

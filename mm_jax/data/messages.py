@@ -72,6 +72,15 @@ class Audio:
 
 
 @dataclass(frozen=True)
+class Video:
+    """source: an animation (GIF, WebP, APNG) as encoded bytes, a path or a data URL; or frames, uint8 [T, H, W, 3] or a
+    list of what `Image` takes. rate: frames a second, where the source does not say."""
+
+    source: bytes | str | np.ndarray | list
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
 class Box:
     """(x0, y0, x1, y1) in original pixels (after EXIF rotation) of the conversation's `image`-th picture."""
 
@@ -79,7 +88,7 @@ class Box:
     image: int = 0
 
 
-Part = Text | Image | Audio | Box
+Part = Text | Image | Audio | Video | Box
 
 
 @dataclass(frozen=True)
@@ -277,7 +286,18 @@ class _Reader:
                 data = obj.get("input_audio")
                 return (Audio(self.base64(data, where), None, regions),)
             return (Audio(self.media_source("audio", source, where), obj.get("sample_rate"), regions),)
-        known = ("text", "image", "image_url", "audio", "input_audio", "box")
+        if kind == "video":
+            self.check_keys(obj, ("type", "video", "url", "path", "fps"), "video part")
+            source, rate = _first(obj, "video", "path", "url"), obj.get("fps")
+            if source is None or (isinstance(source, str | list) and not source):
+                raise self.bad(f'{where}: the part of type "video" has no video', "placeholder_mismatch")
+            if rate is not None and (
+                not isinstance(rate, int | float) or isinstance(rate, bool) or rate <= 0
+            ):
+                raise self.bad(f'{where}: "fps" is {rate!r}; frames a second are needed')
+            frames = [self.path(frame) for frame in source] if isinstance(source, list) else self.path(source)
+            return (Video(frames, rate),)
+        known = ("text", "image", "image_url", "audio", "input_audio", "video", "box")
         raise self.bad(f'{where}: unknown part type "{kind}"{nearest(str(kind), known)}')
 
     def base64(self, data: Any, where: str) -> bytes:

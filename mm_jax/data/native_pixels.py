@@ -17,11 +17,14 @@ from mm_jax.errors import UserError
 MAX_ASPECT = 200
 
 
-def fitting_size(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+def fitting_size(
+    height: int, width: int, factor: int, least: int, most: int, frames: int = 1, rounded: int = 1
+) -> tuple[int, int]:
     """(height, width) near those given whose sides are multiples of `factor`.
 
     Args:
       least, most: pixels of the result.
+      frames, rounded: of a video whose pixels count together: their number, and that of whole patches.
 
     Raises UserError for pictures that are more than 200 times as long as they are wide.
     """
@@ -30,11 +33,11 @@ def fitting_size(height: int, width: int, factor: int, least: int, most: int) ->
             f"a picture of {width} x {height} is more than {MAX_ASPECT} times as long as it is wide"
         )
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > most:
-        shrink = math.sqrt(height * width / most)
+    if rounded * rows * columns > most:
+        shrink = math.sqrt(frames * height * width / most)
         rows, columns = (max(factor, math.floor(n / shrink / factor) * factor) for n in (height, width))
-    elif rows * columns < least:
-        grow = math.sqrt(least / (height * width))
+    elif rounded * rows * columns < least:
+        grow = math.sqrt(least / (frames * height * width))
         rows, columns = (math.ceil(n * grow / factor) * factor for n in (height, width))
     return rows, columns
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from mm_jax.data.box_text import BoxText
 from mm_jax.data.image import Transform
-from mm_jax.data.media_rule import Arrays, Item, MediaRule, Settings
+from mm_jax.data.media_rule import MEDIA, Arrays, Item, MediaRule, Settings
 from mm_jax.data.messages import Box, Part
 from mm_jax.data.native_pixels import NativePixels, pixel_bounds
+from mm_jax.data.native_video import RATE, NativeVideo, patch_times
 from mm_jax.data.patches import Medium, PatchLayout, positions, slots
 from mm_jax.data.pixels import PixelRule
 from mm_jax.errors import UserError
 
+START, END = "<|vision_start|>", "<|vision_end|>"
 VALUES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
@@ -36,7 +39,9 @@ class NativeRule(MediaRule):
       layout: of the tower; patch: pixels of a patch's side; frames: pictures that it spans in time.
       axes: whether the decoder has M-RoPE.
       positions_per_second: how far its time moves within a second of video; 0: by one from each frame to the next.
-      defaults: of the reference's image processor.
+      defaults, video_defaults: of the reference's image and video processor.
+      timed: videos as of Qwen3-VL: each frame of the grid stands behind its time and between markers of its own, and
+        frames and sizes are chosen for the video as a whole.
       boxes: how the system writes boxes.
     """
 
@@ -50,7 +55,9 @@ class NativeRule(MediaRule):
         frames: int,
         axes: bool,
         positions_per_second: float = 0.0,
+        timed: bool = False,
         defaults: Mapping[str, Any],
+        video_defaults: Mapping[str, Any],
         boxes: BoxText,
     ):
         super().__init__(settings)
@@ -59,7 +66,10 @@ class NativeRule(MediaRule):
         if "video" in self.names:
             self.names["video"] += ("second_per_grid_ts",)
         self.layout, self.patch, self.frames, self.axes = layout, patch, frames, axes
-        self.defaults, self.boxes = defaults, boxes
+        self.defaults, self.video_defaults, self.timed, self.boxes = defaults, video_defaults, timed, boxes
+        if timed:
+            self.names["video"] += ("video_times",)
+            self.placeholders = {"video": f"{START}<|video_pad|>{END}"}
         self.positions_per_second = positions_per_second
 
     @cached_property
@@ -72,6 +82,31 @@ class NativeRule(MediaRule):
     def images(self, images: Sequence[np.ndarray]) -> Arrays:
         patches, grids = zip(*map(self.pixels.picture, images), strict=True)
         return {"pixel_values": np.concatenate(patches), "image_grid_thw": np.array(grids, np.int64)}
+
+    @cached_property
+    def video_pixels(self) -> NativeVideo:
+        """Old checkpoints have one file of settings for pictures and videos."""
+        settings = self.settings.video or self.settings.need("image")
+        sizes = (self.patch, self.frames, self.layout.merge)
+        return NativeVideo.read(settings, self.video_defaults, self.timed, *sizes)
+
+    def videos(self, videos: Sequence[tuple[np.ndarray, float | None]]) -> Arrays:
+        """Besides the reference's arrays "video_times", the seconds of every frame of the grids, where they are written
+        in the text."""
+        patches, grids, seconds, times = [], [], [], []
+        for frames, rate in videos:
+            chosen = self.video_pixels.choose(len(frames), rate)
+            values, grid = self.video_pixels(frames[chosen])
+            patches.append(values)
+            grids.append(grid)
+            seconds.append(self.frames / (len(chosen) / len(frames) * rate if rate else RATE))
+            times += patch_times(chosen.tolist(), rate or RATE, self.frames)
+        arrays = {"pixel_values_videos": np.concatenate(patches), "video_grid_thw": np.array(grids, np.int64)}
+        if self.positions_per_second:
+            arrays["second_per_grid_ts"] = np.array(seconds, np.float32)
+        if self.timed:
+            arrays["video_times"] = np.array(times)
+        return arrays
 
     def transform(self, size: tuple[int, int]) -> Transform:
         rows, columns = self.pixels.size(size[1], size[0])
@@ -97,12 +132,17 @@ class NativeRule(MediaRule):
             )
         steps = self._steps(arrays, len(thw)) if kind == "video" else np.ones(len(thw))
         parts = np.split(patches, np.cumsum(thw.prod(axis=1))[:-1])
+        times = iter(arrays.get("video_times", ()))
         found = []
         for part, grid, step in zip(parts, thw, steps, strict=True):
             medium = Medium(part, tuple(map(int, grid)), step)
             placed, index = slots(medium, self.layout)
             features = len(placed["patches"]) // self.layout.merge**2
-            found.append(NativeItem(index, features, placed, medium=medium))
+            each = len(index) // medium.grid[0]
+            frames = [
+                f"<{time:.1f} seconds>{START}{MEDIA * each}{END}" for time in islice(times, medium.grid[0])
+            ]
+            found.append(NativeItem(index, features, placed, "".join(frames), medium=medium))
         return found
 
     def _steps(self, arrays: Mapping[str, np.ndarray], count: int) -> np.ndarray:

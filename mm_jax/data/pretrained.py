@@ -12,7 +12,7 @@ import numpy as np
 from mm_jax.data.chat_template import ChatTemplate, read_template, unmark
 from mm_jax.data.example import Example
 from mm_jax.data.image import Transform
-from mm_jax.data.media import MAX_PIXELS, decode_audio, decode_image
+from mm_jax.data.media import MAX_PIXELS, decode_audio, decode_image, decode_video
 from mm_jax.data.media_rule import MEDIA, Arrays, Item, MediaRule
 from mm_jax.data.messages import (
     Audio,
@@ -23,13 +23,14 @@ from mm_jax.data.messages import (
     Message,
     Part,
     Text,
+    Video,
     parts_from_json,
 )
 from mm_jax.data.pretrained_tokenizer import PretrainedTokenizer
 from mm_jax.errors import UserError
 
 Items = dict[str, list[Item]]
-KINDS = {"image": Image, "audio": Audio}
+KINDS = {"image": Image, "audio": Audio, "video": Video}
 _NAMES = {"image": "picture", "audio": "clip", "video": "video"}
 
 
@@ -145,7 +146,10 @@ class PretrainedProcessor:
                 raise BadSample(f"a {_NAMES[kind]}, but this model takes none", "no_encoder")
         pictures = [self._picture(part.source) for part in sources["image"]]
         clips = [self._clip(part.source, part.sample_rate) for part in sources["audio"]]
+        videos = [self._video(part.source, part.rate) for part in sources["video"]]
         items = {}
+        if videos:
+            items["video"] = self.rule.items("video", self.rule.videos(videos), ())
         if pictures:
             items["image"] = self.rule.items("image", self.rule.images(pictures), ())
         if clips:
@@ -186,6 +190,10 @@ class PretrainedProcessor:
     def _picture(self, source: Any) -> np.ndarray:
         return np.asarray(decode_image(source, MAX_PIXELS, plain=True))
 
+    def _video(self, source: Any, rate: float | None) -> tuple[np.ndarray, float | None]:
+        frames, found = decode_video(source)
+        return frames, rate or found
+
     def _clip(self, source: Any, rate: int | None) -> np.ndarray:
         return decode_audio(source, self.rule.sample_rate, rate)
 
@@ -223,12 +231,16 @@ class PretrainedProcessor:
             pieces[k] = written.replace(MEDIA, self._tokens[kind])
         return "".join(pieces)
 
-    def preprocess(self, images: Sequence = (), audio: Sequence = ()) -> Arrays:
+    def preprocess(self, images: Sequence = (), audio: Sequence = (), videos: Sequence = ()) -> Arrays:
         """The media arrays alone, as the reference's processor returns them.
 
         images: anything that `Image` takes. audio: anything that `Audio` takes, or (samples, rate in Hz).
+        videos: anything that `Video` takes, or (source, frames a second).
         """
         arrays = {}
+        if len(videos):
+            given = [video if isinstance(video, tuple) else (video, None) for video in videos]
+            arrays |= self.rule.videos([self._video(*video) for video in given])
         if len(images):
             arrays |= self.rule.images([self._picture(image) for image in images])
         if len(audio):

@@ -19,7 +19,7 @@ from mm_jax.data.boxes import BoxFormat
 from mm_jax.data.example import Example
 from mm_jax.data.image import ImageRule, Transform
 from mm_jax.data.media import MAX_PIXELS, MediaError, decode_audio, decode_image, image_size
-from mm_jax.data.messages import Audio, BadSample, Box, Conversation, Image, Message, Part, Text
+from mm_jax.data.messages import Audio, BadSample, Box, Conversation, Image, Message, Part, Text, Video
 from mm_jax.data.targets import CENTRE, NAMES, TargetRule, token_names
 from mm_jax.data.template import Span, Template
 from mm_jax.data.tokenizer import AUDIO, END, IMAGE, PAD, Tokenizer, train_tokenizer
@@ -215,6 +215,8 @@ class Processor:
 
     def _media(self, conversation: Conversation) -> _Media:
         images, clips = conversation.images(), conversation.audio()
+        if any(isinstance(part, Video) for part in conversation.parts()):
+            raise BadSample("a video, but this model takes none", "no_encoder")
         none = self._no_media()
         pixel_values, transforms = none.pixel_values, []
         if images:
@@ -279,7 +281,7 @@ class Processor:
             return [self.template.render(chosen, box_ids, media=media)]
         if chosen[-1].role != "assistant":
             raise BadSample("a preference pair must end with an assistant message", "no_trainable_token")
-        if any(isinstance(part, Image | Audio) for part in (*rejected, *chosen[-1].parts)):
+        if any(isinstance(part, Image | Audio | Video) for part in (*rejected, *chosen[-1].parts)):
             text = "the answers of a preference pair may hold text and boxes only"
             raise BadSample(text, "bad_conversation")
         worse = (*chosen[:-1], dataclasses.replace(chosen[-1], parts=rejected))

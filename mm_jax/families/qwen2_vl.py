@@ -57,6 +57,13 @@ IMAGE_PROCESSOR = {
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
+# of Qwen2VLVideoProcessor
+VIDEO_PROCESSOR = IMAGE_PROCESSOR | {
+    "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
+    "do_sample_frames": False,
+    "min_frames": 4,
+    "max_frames": 768,
+}
 BOXES = BoxText(
     "<|box_start|>({0},{1}),({2},{3})<|box_end|>",
     r"(?:<\|box_start\|>)?\((\d+),(\d+)\),\((\d+),(\d+)\)(?:<\|box_end\|>)?",
@@ -123,7 +130,11 @@ def merger(config: NativeViTConfig, width: int, decoder_width: int, **options: A
 
 
 def rule(
-    config: MultimodalConfig, fields: Fields, boxes: BoxText, **options: Any
+    config: MultimodalConfig,
+    fields: Fields,
+    boxes: BoxText,
+    video_defaults: Mapping[str, Any] = VIDEO_PROCESSOR,
+    **options: Any,
 ) -> Callable[[Settings], MediaRule]:
     """How pictures and videos become patches and tokens; `options` are those of `NativeRule`."""
     vision = config.vision
@@ -135,6 +146,7 @@ def rule(
         frames=vision.frames,
         axes=True,
         defaults=IMAGE_PROCESSOR,
+        video_defaults=video_defaults,
         boxes=boxes,
         **options,
     )

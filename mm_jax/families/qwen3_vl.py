@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from mm_jax.data.box_text import BoxText
+from mm_jax.data.pixels import BICUBIC, HALF
 from mm_jax.families.family import Family, System, Text, Weight
 from mm_jax.families.fields import Fields
 from mm_jax.families.llama import Reader, common
@@ -33,6 +34,18 @@ VISION = {name: value for name, value in QWEN2_VL.items() if name not in ("embed
     "out_hidden_size": 3584,
     "num_position_embeddings": 2304,
     "deepstack_visual_indexes": [8, 16, 24],
+}
+
+# of Qwen3VLVideoProcessor
+VIDEO_PROCESSOR = {
+    "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768},
+    "resample": BICUBIC,
+    "image_mean": HALF,
+    "image_std": HALF,
+    "do_sample_frames": True,
+    "fps": 2,
+    "min_frames": 4,
+    "max_frames": 768,
 }
 
 
@@ -95,7 +108,7 @@ def system(reader: Reader, values: Mapping[str, Any], names: frozenset[str]) -> 
         decoder=text_.decoder,
         deep_projector=deep,
     )
-    found = rule(model, fields, BoxText(**JSON))
+    found = rule(model, fields, BoxText(**JSON), VIDEO_PROCESSOR, timed=True)
     fields.finish()
     return System(model, tuple(table), text_, rule=found)
 

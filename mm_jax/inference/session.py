@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mm_jax.data.messages import Audio, Box, Image, Message, Part, Text
+from mm_jax.data.messages import Audio, Box, Image, Message, Part, Text, Video
 from mm_jax.errors import UserError
 from mm_jax.inference.batch import collate_prompts, tail_of
 from mm_jax.inference.generate import answer_ids
@@ -60,7 +60,9 @@ class ChatSession:
         used raises UserError and leaves the conversation as it was.
         """
         parts = (Text(parts),) if isinstance(parts, str) else tuple(parts)
-        if not any(isinstance(p, Image | Audio) or (isinstance(p, Text) and p.text.strip()) for p in parts):
+        if not any(
+            isinstance(p, Image | Audio | Video) or (isinstance(p, Text) and p.text.strip()) for p in parts
+        ):
             raise UserError("the question is empty")
         yield from self._answer(
             [*self.messages, Message("user", parts)], max_new_tokens, sampling or Sampling()
@@ -70,7 +72,9 @@ class ChatSession:
         lm, generator = self._lm, self._lm.generator
         example = lm.prompt(messages)
         generator.check_length(example.length, max_new_tokens)
-        media = [part for message in messages for part in message.parts if isinstance(part, Image | Audio)]
+        media = [
+            part for message in messages for part in message.parts if isinstance(part, Image | Audio | Video)
+        ]
         if any(old is not new for old, new in zip(self._media, media, strict=False)):
             self._forget()  # all pictures have the same placeholder tokens
         start = min(_agreeing(example.tokens, self._tokens), example.length - 1)
