@@ -3,7 +3,9 @@
 As a whole those need torchvision; the functions that decide these things do not.
 """
 
-from types import SimpleNamespace
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -12,9 +14,6 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from transformers.models.qwen2_vl import video_processing_qwen2_vl as two  # noqa: E402
-from transformers.models.qwen3_vl import processing_qwen3_vl  # noqa: E402
-from transformers.models.qwen3_vl import video_processing_qwen3_vl as three
 from transformers.video_utils import VideoMetadata  # noqa: E402
 
 from mm_jax.data.media import decode_video  # noqa: E402
@@ -22,6 +21,28 @@ from mm_jax.data.native_video import NativeVideo, patch_times  # noqa: E402
 from mm_jax.families.qwen2_vl import VIDEO_PROCESSOR as TWO  # noqa: E402
 from mm_jax.families.qwen3_vl import VIDEO_PROCESSOR as THREE  # noqa: E402
 
+
+def reference(name: str):
+    """A module of a video processor, imported with an empty torchvision, which none of the functions used here needs."""
+    names = [
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.v2",
+        "torchvision.transforms.v2.functional",
+    ]
+    names = [name for name in names if name not in sys.modules]
+    sys.modules.update({name: ModuleType(name) for name in names})
+    for child in names[1:]:
+        parent, _, last = child.rpartition(".")
+        setattr(sys.modules[parent], last, sys.modules[child])
+    try:
+        return importlib.import_module(f"transformers.models.{name}")
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+two, three = (reference(f"{name}.video_processing_{name}") for name in ("qwen2_vl", "qwen3_vl"))
 LENGTHS = [(7, 3.0), (30, 10.0), (31, 24.0), (100, 30.0), (2001, 29.97), (5, 60.0)]
 
 
@@ -61,9 +82,11 @@ def test_sizes():
 
 
 def test_times():
-    reference = processing_qwen3_vl.Qwen3VLProcessor._calculate_timestamps
+    expected = importlib.import_module("transformers.models.qwen3_vl.processing_qwen3_vl").Qwen3VLProcessor
     for indices in ([0, 4, 9], [0, 1, 2, 3], [5]):
-        assert np.allclose(patch_times(indices, 4.0, 2), reference(None, list(indices), 4.0, 2))
+        assert np.allclose(
+            patch_times(indices, 4.0, 2), expected._calculate_timestamps(None, list(indices), 4.0, 2)
+        )
 
 
 def test_animations(tmp_path):
