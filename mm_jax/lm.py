@@ -66,7 +66,7 @@ class LanguageModel:
         else:
             self.family = checkpoint.family.name
             stops = checkpoint.stop_ids
-            self.layout = layout_of(config, checkpoint.system.text.pad_id, stops)
+            self.layout = layout_of(config, checkpoint.system.text.pad_id, stops, checkpoint.rule.taps)
         self.generator = Generator(self.model, params, self.layout, stops, max_length=max_length)
 
     @property

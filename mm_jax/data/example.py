@@ -11,6 +11,8 @@ windows a row, G preference pairs a row). The features of a row are laid out
     pixel_values        float32 [B, N, H, W, 3];  image_segment_ids int32 [B, N] (0: unused slot)
         or, where the image encoder takes other arrays, those of `Layout.slot_arrays` with leading [B, N]; for an
         encoder of native resolution (patches, patch_segment_ids, ...) a slot is one patch
+    media_taps, tap_weights   int32, float32 [B, S, TAPS], where `Layout.taps`: a media token takes a mixture of
+                        features, at these distances from its media_index and with these weights
     audio_values        float32 [B, M, F, mels];  audio_frames, audio_segment_ids int32 [B, M] (0: unused)
     image_labels, image_boxes, audio_labels   the arrays of Example with leading [B]; dense stage only
     names               int32 [B, S, NAMES]  what a media token shows, as token ids, -1 for none; naming stages only
@@ -25,6 +27,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mm_jax.data.image import Transform
+
+TAPS = 4  # of a bilinear mixture
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Example:
     source: str = ""
     id: str = ""
     preference: int = -1  # index of the pair, set by whoever numbers the pairs
+    taps: tuple[np.ndarray, np.ndarray] | None = None  # int32, float32 [T, TAPS]; None: one feature a token
     slots: dict[str, np.ndarray] = field(default_factory=dict)  # [n, ...] each, see `image_arrays`
 
     @property

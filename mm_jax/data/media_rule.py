@@ -91,6 +91,8 @@ class Item:
       features: how many features the encoder makes of it.
       arrays: the model's arrays with a leading axis of slots (`mm_jax.data.example`), such as
         {"pixel_values": [tiles, H, W, 3]} or {"audio_values": [windows, F, mels], "audio_frames": [windows]}.
+      taps: int32 and float32 [T, 4], where a token takes a mixture of features: their distances from `index`, and their
+        weights.
       text: what takes the place of its placeholder in the text, where that is more than the media tokens alone: MEDIA
         for each of them, and fixed tokens around and between.
     """
@@ -99,6 +101,7 @@ class Item:
     features: int
     arrays: Arrays
     text: str = ""
+    taps: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class MediaRule:
@@ -110,6 +113,7 @@ class MediaRule:
     Attributes:
       tokens: the id of the token that stands for one feature, for each kind of media ("image", "audio", "video").
       names: for each kind the arrays that the reference's processor gives.
+      taps: whether some items have taps.
       ignored: arrays of the reference's processor that hold nothing new.
       placeholders: what chat templates write for a picture, clip or video, where it is not the media token itself.
     """
@@ -118,6 +122,7 @@ class MediaRule:
     names: Mapping[str, tuple[str, ...]] = {}
     ignored: tuple[str, ...] = ("token_type_ids", "mm_token_type_ids")
     placeholders: Mapping[str, str] = {}
+    taps = False
     sample_rate = 16_000  # Hz, of the clips that `audio` takes
 
     def __init__(self, settings: Settings | None = None):
@@ -126,6 +131,10 @@ class MediaRule:
     def images(self, images: Sequence[np.ndarray]) -> Arrays:
         """Pictures uint8 [H, W, 3] to the reference's arrays, that are the same for each alone, one after the other."""
         raise NotImplementedError
+
+    def conversation_images(self, images: Sequence[np.ndarray]) -> Arrays:
+        """`images` of one conversation, for systems where their number matters."""
+        return self.images(images)
 
     def audio(self, clips: Sequence[np.ndarray]) -> Arrays:
         """Clips float32 [T] at `sample_rate` to the reference's arrays."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mm_jax.data.example import TAPS
 from mm_jax.data.patches import PatchLayout
 from mm_jax.data.targets import NAMES
 from mm_jax.errors import UserError
@@ -56,6 +57,7 @@ class Layout:
     image_size: (height, width); audio_size: (frames, mels).
     slot_arrays: (name, trailing shape, dtype) of what the image encoder takes instead of pixel_values alone. Values
         of a name that ends in "segment_ids" number the pictures of a row; 0 is padding.
+    taps: the batch has media_taps and tap_weights.
     position_axes: of positions [B, S, axes]; 0 for [B, S].
     image_labels: (patches, label words) and audio_labels: (positions, label words) of the dense targets;
         None: the batch has none.
@@ -69,6 +71,7 @@ class Layout:
     audio_tokens: int = 0
     audio_size: tuple[int, int] = (0, 0)
     slot_arrays: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    taps: bool = False
     position_axes: int = 0
     image_labels: tuple[int, int] | None = None
     audio_labels: tuple[int, int] | None = None
@@ -230,6 +233,8 @@ def collate(
             row_arrays["segment_ids"][span] = example.segments + segment
             row_arrays["positions"][span] = example.positions
             row_arrays["sources"][span] = sources[example.source]
+            if layout.taps and example.taps is not None:
+                row_arrays["media_taps"][span], row_arrays["tap_weights"][span] = example.taps
             if layout.names:
                 row_arrays["names"][span] = example.names
             index = row_arrays["media_index"][span]
@@ -262,6 +267,10 @@ def _empty(count: int, batch: BatchConfig, layout: Layout) -> dict[str, np.ndarr
         "sources": np.zeros(text, np.int32),
         "loss_weights": np.zeros(text, np.float32),
     }
+    if layout.taps:
+        arrays["media_taps"] = np.zeros((*text, TAPS), np.int32)
+        arrays["tap_weights"] = np.zeros((*text, TAPS), np.float32)
+        arrays["tap_weights"][..., 0] = 1
     if layout.names:
         arrays["names"] = np.full((*text, NAMES), -1, np.int32)
     if batch.images:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mm_jax.data.chat_template import ChatTemplate, read_template, unmark
-from mm_jax.data.example import Example
+from mm_jax.data.example import TAPS, Example
 from mm_jax.data.image import Transform
 from mm_jax.data.media import MAX_PIXELS, decode_audio, decode_image, decode_video
 from mm_jax.data.media_rule import MEDIA, Arrays, Item, MediaRule
@@ -151,7 +151,7 @@ class PretrainedProcessor:
         if videos:
             items["video"] = self.rule.items("video", self.rule.videos(videos), ())
         if pictures:
-            items["image"] = self.rule.items("image", self.rule.images(pictures), ())
+            items["image"] = self.rule.items("image", self.rule.conversation_images(pictures), ())
         if clips:
             items["audio"] = self.rule.items("audio", self.rule.audio(clips), ())
         transforms = [self.rule.transform((p.shape[1], p.shape[0])) for p in pictures]
@@ -281,11 +281,17 @@ def assemble(
     placed.sort(key=lambda entry: entry[0])
     index = {group: np.full(len(tokens), -1, np.int32) for group in ("image", "audio")}
     features = {"image": 0, "audio": 0}
+    taps = None
+    if rule.taps:
+        taps = np.zeros((len(tokens), TAPS), np.int32), np.zeros((len(tokens), TAPS), np.float32)
+        taps[1][:, 0] = 1
     arrays: dict[str, list[np.ndarray]] = {}
     for _, item, at in placed:
         group = "audio" if "audio_values" in item.arrays else "image"
         index[group][at] = np.where(item.index >= 0, item.index + features[group], item.index)
         features[group] += item.features
+        if item.taps is not None:
+            taps[0][at], taps[1][at] = item.taps
         for name, array in item.arrays.items():
             before = arrays.setdefault(name, [])
             if name.endswith("segment_ids"):  # numbers go on behind those of the items before
@@ -307,5 +313,6 @@ def assemble(
         audio_values=audio.get("audio_values", np.zeros((0, 0, 0), np.float32)),
         audio_frames=audio.get("audio_frames", np.zeros(0, np.int32)),
         slots=joined,
+        taps=taps,
         **fields,
     )

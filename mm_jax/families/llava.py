@@ -53,8 +53,16 @@ RENAMES = (
 )
 
 
-def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
-    fields = Fields(values, DEFAULTS)
+def read(
+    fields: Fields, names: frozenset[str], tower: Mapping[str, Any], decoder: str = "llama", **options: Any
+) -> System:
+    """What all of LLaVA's versions share, without the rule of their media.
+
+    Args:
+      tower: the vision config of a file that has none.
+      decoder: the kind of a text config that names none.
+      options: of `MultimodalConfig`.
+    """
     # the number of tokens is worked out from the picture's size; the vocabulary is the text config's
     fields.skip("image_seq_length", "vocab_size")
     strategy, layers = fields("vision_feature_select_strategy"), fields("vision_feature_layer")
@@ -63,8 +71,8 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     output = Output(
         layers if isinstance(layers, list) else [layers], "drop" if strategy == "default" else "keep"
     )
-    vision = read_tower(fields("vision_config") or TOWER, output)
-    text = read_text(fields("text_config"), "language_model.lm_head.weight" not in names)
+    vision = read_tower(fields("vision_config") or tower, output, tower["model_type"])
+    text = read_text(fields("text_config"), "language_model.lm_head.weight" not in names, decoder)
     bias = fields("multimodal_projector_bias")
     projector = ProjectorConfig(
         "mlp",
@@ -73,7 +81,7 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
         norm=False,
         use_bias=bias,
     )
-    token, pad = fields("image_token_index"), fields("pad_token_id")
+    pad = fields("pad_token_id")
     text = text if pad is None else replace(text, pad_id=pad)
     fields.finish()
     table = (
@@ -81,15 +89,22 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
         *_projector_weights(bias),
         *text.table("language_model.model.", "language_model.lm_head."),
     )
-    config = MultimodalConfig(vision, None, image_projector=projector, decoder=text.decoder)
+    config = MultimodalConfig(vision, None, image_projector=projector, decoder=text.decoder, **options)
+    return System(config, table, text, unused("vision_tower."))
+
+
+def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
+    fields = Fields(values, DEFAULTS)
+    token = fields("image_token_index")
+    system = read(fields, names, TOWER)
     rule = partial(
         FixedImage,
         token_id=token,
-        size=(vision.height, vision.width),
-        num_tokens=config.image_tokens,
+        size=(system.config.vision.height, system.config.vision.width),
+        num_tokens=system.config.image_tokens,
         defaults=IMAGE_PROCESSOR,
     )
-    return System(config, table, text, unused("vision_tower."), rule=rule)
+    return replace(system, rule=rule)
 
 
 def _projector_weights(bias: bool) -> list[Weight]:

@@ -48,9 +48,9 @@ def read_text(
     return DECODERS[kind](values, tied, f"config.json: {where}")
 
 
-def read_tower(values: Mapping[str, Any], output: Output) -> ViTConfig:
-    """The tower of a vision_config, CLIP where it names none."""
-    kind = values.get("model_type", "clip_vision_model")
+def read_tower(values: Mapping[str, Any], output: Output, default: str = "clip_vision_model") -> ViTConfig:
+    """The tower of a vision_config, a `default` where it names none."""
+    kind = values.get("model_type", default)
     if kind not in TOWERS:
         raise UserError(f'config.json: the vision_config is of "{kind}"{nearest(kind, TOWERS)}')
     return TOWERS[kind](values, output, "config.json: vision_config")

@@ -19,7 +19,9 @@ from mm_jax.models import MultimodalConfig
 TEXT = ("input_ids", "attention_mask", "position_ids")
 
 
-def layout_of(config: MultimodalConfig, pad_id: int | None, stop_ids: Sequence[int]) -> Layout:
+def layout_of(
+    config: MultimodalConfig, pad_id: int | None, stop_ids: Sequence[int], taps: bool = False
+) -> Layout:
     """Media slots and padding: the pad token, or else the first stop token as in the reference's `generate`, or 0."""
     vision, audio = config.vision, config.audio
     pad = next((i for i in (pad_id, *stop_ids) if i is not None), 0)
@@ -28,6 +30,7 @@ def layout_of(config: MultimodalConfig, pad_id: int | None, stop_ids: Sequence[i
         image_size=(0, 0) if vision is None or config.native else (vision.height, vision.width),
         audio_tokens=config.audio_tokens,
         audio_size=(0, 0) if audio is None else (audio.max_frames, audio.num_mels),
+        taps=taps,
         patches=patch_layout(vision) if config.native else None,
         slot_arrays=patch_layout(vision).arrays(vision.patch_dim) if config.native else (),
         position_axes=3 if config.decoder.rope_sections else 0,
@@ -75,7 +78,9 @@ def batch_of(
     )
     batch = collate([[e] if e.length else [] for e in examples], size, layout, {"": 0})
     batch = {key: array for key, array in batch.items() if key not in TRAIN_KEYS}
-    for key in TOKEN_KEYS:  # back from the start of each row to where its tokens were
+    for key in filter(
+        batch.__contains__, TOKEN_KEYS
+    ):  # back from the start of each row to where its tokens were
         packed, fill = batch[key], -1 if key == "media_index" else 0
         batch[key] = np.full((*ids.shape, *packed.shape[2:]), fill, packed.dtype)
         batch[key][real] = packed[np.sort(real, axis=1)[:, ::-1]]

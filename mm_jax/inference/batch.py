@@ -73,7 +73,7 @@ def collate_prompts(
     return {key: array for key, array in batch.items() if key not in TRAIN_KEYS}
 
 
-TOKEN_KEYS = ("tokens", "segment_ids", "positions", "media_index")
+TOKEN_KEYS = ("tokens", "segment_ids", "positions", "media_index", "media_taps", "tap_weights")
 
 
 def left_aligned(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -136,6 +136,7 @@ def tail_of(example: Example, start: int, layout: Layout) -> Example:
         loss_weights=example.loss_weights[start:],
         segments=example.segments[start:],
         positions=example.positions[start:],
+        taps=None if example.taps is None else tuple(array[start:] for array in example.taps),
         image_index=image_index,
         audio_index=audio_index,
         pixel_values=pictures.get("pixel_values", example.pixel_values),

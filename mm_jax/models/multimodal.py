@@ -23,6 +23,7 @@ class MultimodalConfig:
     """What a model is made of. A part that is None does not exist; its projector is then ignored.
 
     Attributes:
+      markers: learned vectors that tokens take besides media features, such as LLaVA-NeXT's newline of the picture.
       heads: dense-target heads over the encoders, for training them; None when the encoders come trained.
       dtype: compute dtype of every part; parameters are float32.
       deep_projector: of the features that the vision tower's taps give to the decoder's first layers (DeepStack).
@@ -36,6 +37,7 @@ class MultimodalConfig:
     heads: HeadConfig | None = None
     dtype: str = "float32"
     deep_projector: ProjectorConfig | None = None
+    markers: int = 0
 
     @property
     def native(self) -> bool:
@@ -55,16 +57,39 @@ class MultimodalConfig:
         return 0 if self.audio is None else self.audio_projector.num_tokens((self.audio.num_positions, 1))
 
 
-def splice(embeddings: jax.Array, features: jax.Array, media_index: jax.Array) -> jax.Array:
+def splice(
+    embeddings: jax.Array,
+    features: jax.Array,
+    media_index: jax.Array,
+    markers: jax.Array | None = None,
+    taps: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
     """Put media features at the text positions that ask for them.
 
     Args:
       embeddings: [B, S, D].
       features: [B, P, D], the projected features of a row, images first.
-      media_index: int32 [B, S], the feature a position takes, -1 for text.
+      media_index: int32 [B, S], the feature a position takes, -1 for text, -2 - k for the k-th marker.
+      markers: [K, D].
+      taps: int32 and float [B, S, T]: a position takes a mixture of T features, at these distances from media_index,
+        with these weights. So a grid of features is stretched bilinearly.
     """
-    taken = jnp.take_along_axis(features, jnp.maximum(media_index, 0)[..., None], axis=1)
-    return jnp.where((media_index >= 0)[..., None], taken, embeddings)
+
+    def take(index: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
+
+    if taps is None:
+        taken = take(media_index)
+    else:
+        distances, weights = taps[0], taps[1].astype(features.dtype)
+        taken = sum(
+            take(media_index + distances[..., k]) * weights[..., k, None] for k in range(weights.shape[-1])
+        )
+    out = jnp.where((media_index >= 0)[..., None], taken, embeddings)
+    if markers is not None:
+        marked = markers.astype(out.dtype)[jnp.maximum(-2 - media_index, 0)]
+        out = jnp.where((media_index < -1)[..., None], marked, out)
+    return out
 
 
 def dummy_batch(config: MultimodalConfig) -> dict[str, jax.Array]:
@@ -94,6 +119,7 @@ class MultimodalLM(nn.Module):
     pixel_values [B, N, H, W, 3] and audio_values [B, M, F, mels] with audio_frames [B, M]. The features of a row are
     [N * image_tokens | M * audio_tokens] in this order. A native-resolution tower takes patches [B, P, patch_dim] and
     the other arguments of `NativeViT` as patch_... instead of pixel_values, and gives P / merge**2 features.
+    Where features are mixed, media_taps int32 and tap_weights float32 [B, S, T] say how, see `splice`.
     Positions are [B, S, 3] for a decoder with rope_sections; [B, S] there means text alone.
     """
 
@@ -120,6 +146,9 @@ class MultimodalLM(nn.Module):
             self.audio_projector = PROJECTORS[c.audio_projector.kind](c.audio_projector, width, dtype)
         if c.heads is not None:
             self.heads = DenseHeads(c.heads, dtype)
+        if c.markers:
+            init = nn.initializers.normal(width**-0.5)
+            self.marker = self.param("markers", init, (c.markers, width))
         self.decoder = Decoder(c.decoder, dtype)
 
     def _native_features(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
@@ -190,7 +219,8 @@ class MultimodalLM(nn.Module):
         index = batch["media_index"]
         if deep is not None:
             deep = deep, jnp.where(index < deep.shape[2], index, -1)  # clips come after the pictures
-        return splice(embeddings, features, index), deep
+        taps = (batch["media_taps"], batch["tap_weights"]) if "media_taps" in batch else None
+        return splice(embeddings, features, index, self.marker if self.config.markers else None, taps), deep
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Logits float32 [B, S, vocab] of packed rows; segments do not see each other."""

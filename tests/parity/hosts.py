@@ -6,11 +6,13 @@ import io
 
 import numpy as np
 import PIL.Image
+import pytest
 import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tests.parity import theirs
+from tests.parity.record import note
 
 CORPUS = [
     "what is in the picture? a red circle to the left of a blue square",
@@ -141,6 +143,7 @@ def same_preprocessing(lm, processor, images: list, tolerance: float = 0.0, **mo
             assert array.shape == expected.shape, (name, array.shape, expected.shape)
             worst = max(worst, float(np.abs(array - expected).max()))
     assert worst <= tolerance, worst
+    note(lm.family, "preprocessing", worst)
     return worst
 
 
@@ -156,6 +159,8 @@ def same_tokens(lm, arrays: dict[str, np.ndarray], conversations: list[list[dict
         )
         assert np.array_equal(batch["media_index"][row][ours], given["media_index"][row][yours])
         assert np.array_equal(batch["positions"][row][ours], given["positions"][row][yours])
+    for name in sorted(set(batch) & {"pixel_values", "patches", "audio_values"}):
+        assert given[name].sum() == pytest.approx(batch[name].sum(), rel=1e-4), name
     return batch
 
 
@@ -172,4 +177,4 @@ def same_answers(model, processor, lm, conversations: list[list[dict]], new: int
             said = lm.chat(conversation, max_new_tokens=length)
             assert said == expected, (said, expected)
         compared += length
-    assert compared >= new, "the reference's choices are too close to compare"
+    assert compared >= new // 2, "the reference's choices are too close to compare"
