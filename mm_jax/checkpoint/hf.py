@@ -69,6 +69,50 @@ def is_hf(directory: str | Path) -> bool:
     return path.is_file() and "model_type" in _json(path)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A directory of which only the small files and the headers of the large ones have been read.
+
+    Attributes:
+      values: config.json.
+      tensors: by their names in `System.weights`.
+      shapes: of our parameters, by path.
+      unused: names of tensors that the model does not compute with.
+      dtype: of the largest tensor.
+    """
+
+    directory: Path
+    family: Family
+    values: dict[str, Any]
+    system: System
+    tensors: Mapping[str, StoredTensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    unused: Sequence[str]
+
+    @property
+    def dtype(self) -> str:
+        return max(self.tensors.values(), key=lambda tensor: math.prod(tensor.shape)).dtype.name
+
+    def rule(self) -> MediaRule:
+        """How its media become arrays and tokens."""
+        return media_rule(self.system, Settings.read(self.directory))
+
+
+def open_hf(directory: str | Path) -> Opened:
+    """What a directory holds. Raises UserError as `load_hf` does."""
+    directory = Path(directory)
+    values = _json(directory / "config.json")
+    kind = values.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f'{directory}: the model_type "{kind}" is not known{nearest(str(kind), FAMILIES)}')
+    family = FAMILIES[kind]
+    tensors = _canonical(_tensors(directory), family.renames)
+    system = family.system(values, Names.of({name: tensor.shape for name, tensor in tensors.items()}))
+    shapes = abstract_params(system.config)
+    unused = _check(directory, tensors, system, shapes)
+    return Opened(directory, family, values, system, tensors, shapes, unused)
+
+
 def load_hf(
     directory: str | Path, dtype: str | None = None, place: Place | None = None
 ) -> tuple[HFCheckpoint, Params]:
@@ -83,20 +127,12 @@ def load_hf(
         UserError: an unknown model_type, unsupported config, pickled weights, damaged files, or tensors that are
             missing, unexpected or of another shape (all named in one message).
     """
-    directory = Path(directory)
-    values = _json(directory / "config.json")
-    kind = values.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f'{directory}: the model_type "{kind}" is not known{nearest(str(kind), FAMILIES)}')
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f'dtype is "{dtype}"{nearest(str(dtype), FLOATS)}')
-    family = FAMILIES[kind]
-    tensors = _canonical(_tensors(directory), family.renames)
-    system = family.system(values, Names.of({name: tensor.shape for name, tensor in tensors.items()}))
-    shapes = abstract_params(system.config)
-    unused = _check(directory, tensors, system, shapes)
+    opened = open_hf(directory)
+    system, tensors, shapes = opened.system, opened.tensors, opened.shapes
     cast = None if dtype is None else jnp.dtype(dtype)
-    dtype = dtype or max(tensors.values(), key=lambda tensor: math.prod(tensor.shape)).dtype.name
+    dtype = dtype or opened.dtype
     if dtype == "float16":
         dtype = "float32"  # TPUs and CPUs do not compute in it, and bfloat16 has fewer digits
     if isinstance(system.config, MultimodalConfig):
@@ -106,15 +142,15 @@ def load_hf(
         weight.path: _read(weight, tensors, shapes[weight.path], cast, place) for weight in system.weights
     }
     checkpoint = HFCheckpoint(
-        family,
-        directory,
+        opened.family,
+        opened.directory,
         dtype,
-        values,
-        _stop_ids(directory, system),
+        opened.values,
+        _stop_ids(opened.directory, system),
         system,
-        media_rule(system, Settings.read(directory)),
-        tuple(sorted(_small_files(directory))),
-        {name: tensors[name].map() for name in unused},
+        opened.rule(),
+        tuple(sorted(_small_files(opened.directory))),
+        {name: tensors[name].map() for name in opened.unused},
     )
     return checkpoint, unflatten_dict(params, sep="/")
 
@@ -273,13 +309,18 @@ def _small_files(directory: Path) -> Iterator[Path]:
 
 
 def save_hf(
-    directory: str | Path, checkpoint: HFCheckpoint, params: Params, shard_bytes: int = 5 * 10**9
+    directory: str | Path,
+    checkpoint: HFCheckpoint,
+    params: Params,
+    shard_bytes: int = 5 * 10**9,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a directory that the reference loads: weights in the parameters' dtypes, config.json, tokenizer files.
 
     Args:
       checkpoint: what the parameters were loaded from.
       shard_bytes: weights beyond this size are split into several files with an index.
+      progress: told how many bytes have been written, after each file.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -305,6 +346,8 @@ def save_hf(
         files = [directory / f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
     for file, shard in zip(files, shards, strict=True):
         safetensors.write(file, shard)
+        if progress is not None:
+            progress(sum(entry.size for entry in shard))
     for file in old - set(files):
         file.unlink(missing_ok=True)  # of an earlier checkpoint in the same place
     if len(shards) > 1:

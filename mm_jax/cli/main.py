@@ -13,6 +13,8 @@ COMMANDS = {
     "report": "write the report page of a run",
     "chat": "talk with a model about pictures and sounds",
     "generate": "answer one prompt",
+    "inspect": "what a checkpoint is made of and what it needs",
+    "convert": "rewrite a Hugging Face checkpoint: dtype, names, files",
 }
 
 USAGE = """usage: python -m mm_jax COMMAND ...

@@ -14,6 +14,7 @@ import transformers
 import mm_jax
 from mm_jax.checkpoint.hf import save_hf
 from tests.parity import theirs
+from tests.parity.record import note
 
 TOLERANCE = 1e-4
 
@@ -34,6 +35,8 @@ def same_logits(model, lm, arrays: dict[str, np.ndarray], tolerance: float = TOL
     assert 0.1 < expected[real].std() < 10
     error = float(np.abs(ours - expected)[real].max())
     assert error <= tolerance, error
+    if lm.config.dtype == "float32":
+        note(lm.family, "logits", error)
     return error
 
 
@@ -48,6 +51,7 @@ def same_greedy(model, lm, arrays: dict[str, np.ndarray], new: int = 16) -> None
         assert same == new or margin[same] < 0.02, (mine, yours, margin)
         compared += same
     assert compared > new, "the reference's choices are too close to compare"
+    note(lm.family, "greedy", True)
 
 
 def same_after_saving(model, lm, arrays: dict[str, np.ndarray], directory: Path, kind: str) -> None:
@@ -60,6 +64,7 @@ def same_after_saving(model, lm, arrays: dict[str, np.ndarray], directory: Path,
     for name, value in before.items():
         assert value.dtype == after[name].dtype and value.equal(after[name]), name
     assert np.array_equal(theirs.logits(loaded.eval(), arrays), theirs.logits(model, arrays))
+    note(lm.family, "round trip", True)
 
 
 def same_gradients(
@@ -103,4 +108,5 @@ def same_gradients(
     }
     worst = max(errors, key=errors.get)
     assert errors[worst] <= tolerance, (worst, errors[worst])
+    note(lm.family, "gradient", errors[worst])
     return errors[worst]

@@ -183,7 +183,7 @@ def test_videos(tmp_path):
     image, video = (processor.tokenizer.convert_tokens_to_ids(f"<{kind}>") for kind in ("image", "video"))
     picture = processor.image_processor(images=hosts.picture(24, 24), return_tensors="np")
     pictured = 2 * SIDE**2 + SIDE
-    rows = [[5] + [video] * (3 * 4 + 1) + [9, 8, 7], [4, 4] + [image] * pictured + [7, 9]]
+    rows = [[15] + [video] * (3 * 4 + 1) + [19, 18, 17], [14, 14] + [image] * pictured + [17, 19]]
     size = max(map(len, rows))
     arrays = {
         "input_ids": np.array([row + [0] * (size - len(row)) for row in rows]),
