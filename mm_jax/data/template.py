@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mm_jax.data.messages import Box, Image, Message, Text
-from mm_jax.data.tokenizer import ASSISTANT, END, SYSTEM, USER, Tokenizer
+from mm_jax.data.tokenizer import ASSISTANT, END, SYSTEM, USER, Tokenizer, spaced
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Template:
             ids: tuple[int, ...] = ()
             for part in message.parts:
                 if isinstance(part, Text):
-                    ids += encode(part.text)
+                    ids += encode(spaced(part.text))
                 elif isinstance(part, Box):
                     ids += box_ids(part)
                 elif media:

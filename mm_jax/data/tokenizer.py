@@ -17,6 +17,15 @@ IMAGE, AUDIO = "<image>", "<audio>"
 SPECIALS = (PAD, SYSTEM, USER, ASSISTANT, END, IMAGE, AUDIO)
 
 
+def spaced(text: str) -> str:
+    """The text with a space before a letter at its start, so that a word is the same token there and inside a text.
+
+    >>> spaced("red"), spaced("3 red")
+    (' red', '3 red')
+    """
+    return f" {text}" if text[:1].isalpha() else text
+
+
 class Tokenizer:
     """Text to ids and back over a `tokenizers.Tokenizer`. Picklable; short texts that repeat are cached.
 

@@ -17,7 +17,7 @@ MESSAGES = (
 
 @pytest.fixture(scope="module")
 def template():
-    return Template(train_tokenizer(["short", "where", "at", "how many", "two"] * 4, 320, 4))
+    return Template(train_tokenizer([" short", " where", " at", " how many", " two"] * 4, 320, 4))
 
 
 def test_spans(template):
@@ -26,26 +26,26 @@ def test_spans(template):
     system, user, assistant = ((token(name),) for name in (SYSTEM, USER, ASSISTANT))
     assert template.render(MESSAGES, lambda box: (70, 71, 72, 73)) == [
         Span(system),
-        Span(encode("short") + end),
+        Span(encode(" short") + end),
         Span(user),
         Span(media="image", slot=0),
-        Span(encode("where")),
+        Span(encode(" where")),
         Span(media="audio", slot=0),
         Span(media="image", slot=1),
         Span(end),
         Span(assistant),
-        Span(encode("at") + (70, 71, 72, 73) + end, trainable=True),
+        Span(encode(" at") + (70, 71, 72, 73) + end, trainable=True),
         Span(user),
-        Span(encode("how many") + end),
+        Span(encode(" how many") + end),
         Span(assistant),
-        Span(encode("two") + end, trainable=True),
+        Span(encode(" two") + end, trainable=True),
     ]
 
 
 def test_without_media(template):
     spans = template.render(MESSAGES, lambda box: (), media=False)
     assert not any(span.media for span in spans)
-    assert spans[3] == Span(template.tokenizer.encode("where") + (template.tokenizer.id(END),))
+    assert spans[3] == Span(template.tokenizer.encode(" where") + (template.tokenizer.id(END),))
 
 
 def test_a_prompt_ends_with_the_header_of_the_answer(template):
