@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mm_jax.models.attention import window_mask
 from mm_jax.models.experts import ExpertConfig, Experts
-from mm_jax.models.layers import MLP, NORMS, Activation, Attention, Norm, sinusoids, stack
+from mm_jax.models.layers import MLP, NORMS, Activation, Attention, AttentionStart, Norm, sinusoids, stack
 from mm_jax.models.rotary import RopeScaling, Rotation, channel_axes, rotation
 
 
@@ -38,6 +38,7 @@ class DecoderConfig:
       qk_norm: norm on query and key heads (Qwen3), of the kind `norm`.
       query_scale: factor on query x key; None for head_dim ** -0.5.
       attention_cap, logit_cap: bounds of the attention's and of the output's logits (Gemma-2); 0 for none.
+      attention_start: first kernels of the attention of a new model, see `Attention`.
       qkv_bias: biases on query, key and value (Qwen2); out_bias, mlp_bias: on the other projections.
       experts: a mixture of experts in place of the MLP of every layer.
     """
@@ -72,6 +73,7 @@ class DecoderConfig:
     query_scale: float | None = None
     attention_cap: float = 0.0
     logit_cap: float = 0.0
+    attention_start: AttentionStart = "closed"
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -128,7 +130,8 @@ class DecoderBlock(nn.Module):
             mask = mask | always
         attend = Attention(
             c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_eps, self.dtype,
-            qk_norm_kind=c.norm, inner_norm=c.inner_norm, scale=c.query_scale, cap=c.attention_cap, name="attention",
+            qk_norm_kind=c.norm, inner_norm=c.inner_norm, scale=c.query_scale, cap=c.attention_cap,
+            start=c.attention_start, name="attention",
         )  # fmt: skip
         if c.experts is None:
             mlp = MLP(

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 
 from mm_jax.models.attention import attention, attention_weights
 from mm_jax.models.rotary import Rotation, rotate
@@ -18,6 +18,8 @@ UNROLLED_ON_CPU = 8  # layers
 # What a branch adds to the residual stream starts at zero, so a new model begins as the identity and its first steps
 # do not drown the embeddings (Zhang et al. 2019, Fixup; the quickstart learns faster from it).
 OPEN, CLOSED = nn.initializers.lecun_normal(), nn.initializers.zeros_init()
+
+AttentionStart = Literal["closed", "mimetic"]
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 
@@ -90,6 +92,26 @@ def sincos_2d(grid: tuple[int, int], channels: int) -> np.ndarray:
     return np.concatenate([encode(cols), encode(rows)], axis=1).astype(np.float32)
 
 
+def mimetic_kernels(
+    key: jax.Array, features: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> dict[str, jax.Array]:
+    """First kernels with which a token looks at the tokens that are like it and takes over what they are.
+
+    Queries equal keys, and the way out is the way in of the values turned round, after Trockman and Kolter 2023
+    (Mimetic initialization of self-attention layers), who find products of this kind in trained models. With random
+    kernels a small decoder takes thousands of pictures to start matching a question's words with the features that
+    carry the same; with these, hundreds.
+
+    Returns:
+      query [D, N * H], key and value [D, K * H], out [N * H, D].
+    """
+    keys = jax.random.split(key)
+    narrow = [OPEN(k, (features, num_kv_heads * head_dim), jnp.float32) for k in keys]
+    groups = num_heads // num_kv_heads
+    wide = [repeat(kernel, "d (k h) -> d (k g h)", k=num_kv_heads, g=groups) for kernel in narrow]
+    return {"query": wide[0], "key": narrow[0], "value": narrow[1], "out": wide[1].T}
+
+
 class Attention(nn.Module):
     """Multi-head attention over `x`, or from `x` to `context`, with optional rotary positions and KV cache.
 
@@ -101,6 +123,8 @@ class Attention(nn.Module):
       norm_heads: "each" head is normalised on its own (Qwen3), or "all" heads of a token together (InternViT).
       inner_norm: layer norm between the heads and the out projection (Wang et al. 2022, Magneto: sub-LN).
       scale, cap: as of `mm_jax.models.attention.attention`.
+      start: the first kernels: "closed" adds nothing to the residual stream, see CLOSED; "mimetic" looks at what is
+        alike and passes it on, see `mimetic_kernels`; for self-attention.
       dtype: compute dtype; parameters stay float32.
     """
 
@@ -117,6 +141,7 @@ class Attention(nn.Module):
     inner_norm: bool = False
     scale: float | None = None
     cap: float = 0.0
+    start: AttentionStart = "closed"
 
     @nn.compact
     def __call__(
@@ -147,8 +172,18 @@ class Attention(nn.Module):
           [B, T, D] and the updated cache (None when none was given).
         """
 
+        first = {"out": CLOSED}
+        if self.start == "mimetic" and self.is_initializing():
+            shape = (x.shape[-1], self.num_heads, self.num_kv_heads, self.head_dim)
+            kernels = mimetic_kernels(self.make_rng("params"), *shape)
+            first = {name: lambda *_, kernel=kernel: kernel for name, kernel in kernels.items()}
+
+        def dense(name: str, features: int, use_bias: bool) -> nn.Dense:
+            kernel_init = first.get(name, OPEN)
+            return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=kernel_init, name=name)
+
         def project(name: str, inputs: jax.Array, heads: int) -> jax.Array:
-            out = nn.Dense(heads * self.head_dim, use_bias=self.use_bias, dtype=self.dtype, name=name)(inputs)
+            out = dense(name, heads * self.head_dim, self.use_bias)(inputs)
             normed = self.qk_norm and name != "value"
             if normed and self.norm_heads == "all":
                 out = NORMS[self.qk_norm_kind](self.norm_eps, self.dtype, f"{name}_norm")(out)
@@ -179,9 +214,7 @@ class Attention(nn.Module):
         if self.inner_norm:
             out = layer_norm(self.norm_eps, self.dtype, "inner_norm")(out)
         out_bias = self.use_bias if self.out_bias is None else self.out_bias
-        close = nn.Dense(x.shape[-1], use_bias=out_bias, dtype=self.dtype, kernel_init=CLOSED, name="out")
-        out = close(out)
-        return out, cache
+        return dense("out", x.shape[-1], out_bias)(out), cache
 
 
 class MLP(nn.Module):
