@@ -22,9 +22,13 @@ from mm_jax.data.media import MAX_PIXELS, MediaError, decode_audio, decode_image
 from mm_jax.data.messages import Audio, BadSample, Box, Conversation, Image, Message, Part, Text, Video
 from mm_jax.data.targets import CENTRE, NAMES, TargetRule, token_names
 from mm_jax.data.template import Span, Template
-from mm_jax.data.tokenizer import AUDIO, END, IMAGE, PAD, Tokenizer, train_tokenizer
+from mm_jax.data.tokenizer import AUDIO, END, IMAGE, PAD, Tokenizer, spaced, train_tokenizer
 from mm_jax.errors import UserError
 from mm_jax.serialize import from_json, to_json
+
+
+AnswerWeight = Literal["token", "sqrt", "answer"]
+POWERS: dict[str, float] = {"token": 0.0, "sqrt": 0.5, "answer": 1.0}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class ProcessorConfig:
     """image, audio: None where the model has no such encoder. box_bins: number of location tokens.
 
     max_pixels: larger pictures are refused before decoding. answer_weight: "token" weighs each token of an
-    answer 1, "sqrt" each of n tokens 1 / sqrt(n), so that long answers do not drown the short ones.
+    answer 1, "sqrt" each of n tokens 1 / sqrt(n), so that long answers do not drown the short ones, and "answer" 1 / n,
+    so that every answer counts the same (the three reductions of InternVL's trainer: token, square, sample).
     """
 
     image: ImageRule | None = ImageRule()
@@ -40,11 +45,11 @@ class ProcessorConfig:
     targets: TargetRule = TargetRule()
     box_bins: int = 64
     max_pixels: int = MAX_PIXELS
-    answer_weight: Literal["token", "sqrt"] = "token"
+    answer_weight: AnswerWeight = "token"
 
     def __post_init__(self) -> None:
-        if self.answer_weight not in ("token", "sqrt"):
-            raise UserError(f'answer_weight is "token" or "sqrt", not "{self.answer_weight}"')
+        if self.answer_weight not in POWERS:
+            raise UserError(f'answer_weight is one of {", ".join(POWERS)}, not "{self.answer_weight}"')
         if self.max_pixels < 1:
             raise UserError("max_pixels must be at least 1")
 
@@ -112,8 +117,8 @@ class Processor:
                 if not spans[0]:
                     raise BadSample("neither picture nor clip to train an encoder on", "no_media")
             pair = conversation.rejected is not None
-            sqrt = self.config.answer_weight == "sqrt" and not pair
-            example = self._assemble(spans, decoded, sqrt, conversation.id, conversation.source)
+            power = 0.0 if pair else POWERS[self.config.answer_weight]
+            example = self._assemble(spans, decoded, power, conversation.id, conversation.source)
             if targets or names:
                 labelled = self._with_targets(example, conversation, decoded)
                 example = labelled if targets else example
@@ -136,7 +141,7 @@ class Processor:
             box_ids = self._box_writer(decoded.transforms)
             spans = self.template.render(conversation.messages, box_ids, answer_header=True)
             spans = [dataclasses.replace(span, trainable=False) for span in spans]
-            return self._assemble([spans], decoded, False, conversation.id, conversation.source)
+            return self._assemble([spans], decoded, 0.0, conversation.id, conversation.source)
 
     def parts(self, ids: Sequence[int], transforms: Sequence[Transform] = ()) -> list[Part]:
         """Generated ids to text and boxes; other special tokens are left out.
@@ -150,6 +155,7 @@ class Processor:
             run = list(group)
             if not is_location:
                 text = self.tokenizer.decode(run)
+                text = text if parts else text.removeprefix(" ")  # of `spaced`
                 parts += [Text(text)] if text else []
                 continue
             whole = len(run) // 4 * 4 if transforms else 0
@@ -293,7 +299,7 @@ class Processor:
         return segments
 
     def _assemble(
-        self, segments: list[list[Span]], media: _Media, sqrt: bool, name: str, source: str
+        self, segments: list[list[Span]], media: _Media, power: float, name: str, source: str
     ) -> Example:
         tokens: list[int] = []
         weights: list[float] = []
@@ -314,7 +320,7 @@ class Processor:
                         tokens += [self._audio_id] * count
                 else:
                     tokens += span.ids
-                weight = (1 / math.sqrt(len(span.ids)) if sqrt else 1.0) if span.trainable else 0.0
+                weight = len(span.ids) ** -power if span.trainable else 0.0
                 weights += [weight] * (len(tokens) - len(weights))
             lengths.append(len(tokens) - begin)
         return Example(
@@ -371,8 +377,8 @@ class Processor:
     def _label_ids(self) -> np.ndarray:
         """The first token of each label's name, -1 for a label that is none (see `Region`)."""
         words = self.config.targets.labels
-        firsts = [-1 if w.startswith("_") else self.tokenizer.encode(w.rpartition("_")[2])[0] for w in words]
-        return np.array(firsts, np.int32)
+        said = [None if w.startswith("_") else spaced(w.rpartition("_")[2]) for w in words]
+        return np.array([-1 if text is None else self.tokenizer.encode(text)[0] for text in said], np.int32)
 
 
 class _Named:
@@ -430,7 +436,7 @@ def fit_processor(
     for conversation in conversations:
         for part in _all_parts(conversation):
             if isinstance(part, Text):
-                texts.append(part.text)
+                texts.append(spaced(part.text))
             elif isinstance(part, Image | Audio):
                 for region in part.regions:
                     words.update(region.label.split())

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from mm_jax.data.pipeline import BatchConfig
-from mm_jax.data.processor import ProcessorConfig
+from mm_jax.data.processor import AnswerWeight, ProcessorConfig
 from mm_jax.data.sources import SourceConfig
 from mm_jax.errors import UserError, nearest
 from mm_jax.models import MultimodalConfig
@@ -63,8 +63,9 @@ class Stage:
     optimizer: OptimizerConfig = OptimizerConfig()
     media: bool = True
     """False drops images and audio from the samples: the language stage."""
-    answer_weight: Literal["token", "sqrt"] = "sqrt"
-    """Every answer token weighs 1, or 1/sqrt(answer length), so that long answers do not drown short ones."""
+    answer_weight: AnswerWeight = "sqrt"
+    """Every answer token weighs 1, or 1/sqrt(answer length), so that long answers do not drown short ones, or
+    1/(answer length)."""
     naming: float = 0.0
     """next_token: weight of naming, at every picture and sound token, what the regions of the data say is there.
     It brings the projected features to where the language model has its words. 0 for data without regions."""

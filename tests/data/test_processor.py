@@ -62,7 +62,8 @@ def ids(processor, text):
     """Names of tokens, separated by spaces, to ids."""
     names = {"P": "<|pad|>", "S": "<|system|>", "U": "<|user|>", "A": "<|assistant|>", ".": "<|end|>"}
     names |= {"I": "<image>", "W": "<audio>"} | {str(k): f"<loc_{k}>" for k in range(4)}
-    return [processor.tokenizer.id(names.get(name, name)) for name in text.split()]
+    # a word carries the space before it, see `spaced`
+    return [processor.tokenizer.id(names.get(name, f"Ġ{name}")) for name in text.split()]
 
 
 def test_text_by_literal_example(processor):
@@ -82,12 +83,13 @@ def test_text_by_literal_example(processor):
     assert all(dtype == (np.float32 if name in floats else np.int32) for name, dtype in dtypes.items())
 
 
-def test_sqrt_weights(processor):
-    config = dataclasses.replace(processor.config, answer_weight="sqrt")
+@pytest.mark.parametrize(("name", "power"), [("token", 0), ("sqrt", -0.5), ("answer", -1)])
+def test_answer_weights(processor, name, power):
+    config = dataclasses.replace(processor.config, answer_weight=name)
     example = Processor(config, processor.tokenizer).example(talk(user("a"), assistant("b c a"), user("a")))
     n = int((example.loss_weights > 0).sum())
     assert n >= 4
-    assert example.loss_weights.max() == pytest.approx(n**-0.5)
+    assert example.loss_weights.max() == pytest.approx(n**power)
 
 
 def test_media_by_literal_example(processor):
@@ -116,9 +118,9 @@ def test_boxes_there_and_back(processor):
     answer = example.tokens[example.loss_weights > 0]
     box, text = processor.parts(answer, example.transforms)
     assert box == Box((24.0, 8.0, 56.0, 24.0))  # the middles of the bins
-    assert text == Text("b")
-    assert processor.text(answer, example.transforms) == "[24, 8, 56, 24]b"
-    assert processor.text(answer) == "<loc_1><loc_1><loc_3><loc_2>b"
+    assert text == Text(" b")
+    assert processor.text(answer, example.transforms) == "[24, 8, 56, 24] b"
+    assert processor.text(answer) == "<loc_1><loc_1><loc_3><loc_2> b"
     assert processor.text(answer[:3], example.transforms) == "<loc_1><loc_1><loc_3>"
 
 
@@ -148,7 +150,7 @@ def test_names_of_media_tokens(processor):
     )
     conversation = talk(user(WIDE, WORD, "a"), assistant("b"))
     example = Processor(config, processor.tokenizer).example(conversation, names=True)
-    red, circle, one = (processor.tokenizer.encode(word)[0] for word in ("red", "circle", "one"))
+    red, circle, one = (processor.tokenizer.encode(word)[0] for word in (" red", " circle", " one"))
     said = {k: {int(i) for i in row if i >= 0} for k, row in enumerate(example.names)}
     # The picture is padded above and below and the circle is its left half: of two tokens, each a column of patches,
     # the first shows it. The word of 0.1 s is heard at two of the four positions of the first window: its first token.
