@@ -46,7 +46,8 @@ def get_config() -> RunConfig:
         image_projector=ProjectorConfig(kind="mlp", hidden_dim=256),
         audio_projector=ProjectorConfig(kind="mlp", merge=(8, 1), hidden_dim=256),
         decoder=DecoderConfig(
-            embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384, qk_norm=True
+            embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=384, qk_norm=True,
+            attention_start="mimetic",
         ),
         heads=HeadConfig(box_bins=64),
     )  # fmt: skip
@@ -58,7 +59,7 @@ def get_config() -> RunConfig:
     )
     everything = {**PICTURES, **SOUNDS, **WORDS}
     muon = OptimizerConfig(kind="muon", learning_rate=5e-3)
-    batch = BatchConfig(rows=6, length=288, images=4, audio=3)
+    batch = BatchConfig(rows=4, length=416, images=5, audio=3)
     return RunConfig(
         name="quickstart",
         model=model,
@@ -91,10 +92,11 @@ def get_config() -> RunConfig:
                 optimizer=muon,
             ),
             "instruct": Stage(
-                steps=1000,
+                steps=1700,
                 mixture=everything,
                 trainable=(".*_projector", "decoder"),
-                naming=0.5,
+                answer_weight="answer",
+                naming=0.1,
                 batch=batch,
                 optimizer=muon,
             ),

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from mm_jax.data.quickstart.digits import digit_picture
 from mm_jax.data.quickstart.sample import Sample, Turn, pick
-from mm_jax.data.quickstart.scenes import absent, article, place
-from mm_jax.data.quickstart.shapes import SHAPES, Scene, draw_scene, paint
+from mm_jax.data.quickstart.scenes import article
+from mm_jax.data.quickstart.shapes import SHAPES, Scene, absent, draw_scene, paint, place
 
 MORE = (
     "which picture has more {things}, first or second?",

@@ -13,6 +13,7 @@ from PIL import Image
 
 SAMPLE_RATE = 16_000
 SPLITS = ("train", "validation", "test")
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Clip:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question with its answer: a short lower-case text, or a box in pixels of picture `image`."""
+    """One question with its answer: a short lower-case text, a box in pixels of picture `image`, or several of both."""
 
     task: str
     question: str
-    answer: str | tuple[float, float, float, float]
+    answer: str | Box | list[str | Box]
     image: int = 0
 
 
@@ -91,7 +92,13 @@ def _mark(mark: Mark) -> dict:
 def _answer(turn: Turn) -> str | list[dict]:
     if isinstance(turn.answer, str):
         return turn.answer
-    return [{"type": "box", "box": [round(float(v), 1) for v in turn.answer], "image": turn.image}]
+    parts = turn.answer if isinstance(turn.answer, list) else [turn.answer]
+    return [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "box", "box": [round(float(v), 1) for v in part], "image": turn.image}
+        for part in parts
+    ]
 
 
 def png_bytes(image: Image.Image) -> bytes:

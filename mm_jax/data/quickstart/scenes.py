@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from mm_jax.data.quickstart.paint import COLOURS
 from mm_jax.data.quickstart.sample import Sample, Turn, pick
-from mm_jax.data.quickstart.shapes import SHAPES, Scene, Thing, draw_scene, paint
+from mm_jax.data.quickstart.shapes import SHAPES, Scene, absent, draw_scene, paint, place
+from mm_jax.data.quickstart.surveys import SURVEYS
 
 CAPTION = ("describe the picture.", "what is in the picture?", "write a caption.", "what do you see?")
 COUNT_ALL = ("how many shapes are there?", "how many objects do you see?", "count the shapes.")
@@ -50,7 +51,7 @@ def caption(scene: Scene, rng: random.Random, yes: bool) -> Turn | None:
     """Names the things from left to right, at most three so that the sentence stays short."""
     if len(scene.things) > 3:
         return None
-    names = [article(thing.name) for thing in sorted(scene.things, key=lambda thing: thing.x)]
+    names = [article(thing.name) for thing in scene.ordered()]
     text = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     return Turn("caption", pick(rng, CAPTION), text)
 
@@ -92,14 +93,6 @@ def shape(scene: Scene, rng: random.Random, yes: bool) -> Turn | None:
     return Turn("shape", pick(rng, SHAPE, colour=thing.colour), thing.shape)
 
 
-def place(scene: Scene, thing: Thing) -> str | None:
-    """ "top left" and so on, or None where the thing is too near a middle line to tell."""
-    x, y = thing.x / scene.width - 0.5, thing.y / scene.height - 0.5
-    if min(abs(x), abs(y)) < 0.08:
-        return None
-    return f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
-
-
 def position(scene: Scene, rng: random.Random, yes: bool) -> Turn | None:
     options = [thing for thing in scene.unique() if place(scene, thing)]
     if not options:
@@ -124,24 +117,6 @@ def relation(scene: Scene, rng: random.Random, yes: bool) -> Turn | None:
         return None
     anchor, side, answer = rng.choice(options)
     return Turn("relation", pick(rng, SIDES[side], name=anchor.name), answer.name)
-
-
-def absent(scene: Scene, rng: random.Random) -> str:
-    """A name that is not in the scene, mostly a near miss.
-
-    Half: a colour and a shape that are both there, on different things. Else the right colour with another
-    shape, the right shape with another colour, and rarely a thing of which nothing is there.
-    """
-    present = {thing.name for thing in scene.things}
-    colours, shapes = {t.colour for t in scene.things}, {t.shape for t in scene.things}
-    every = [(c, s) for c in COLOURS for s in SHAPES if f"{c} {s}" not in present]
-    both = [f"{c} {s}" for c, s in every if c in colours and s in shapes]
-    one = [f"{c} {s}" for c, s in every if (c in colours) != (s in shapes)]
-    none = [f"{c} {s}" for c, s in every if c not in colours and s not in shapes]
-    kind = rng.random()
-    if both and kind < 0.5:
-        return rng.choice(both)
-    return rng.choice(none) if none and kind > 0.9 else rng.choice(one)
 
 
 def exists(scene: Scene, rng: random.Random, yes: bool) -> Turn:
@@ -170,19 +145,26 @@ TASKS: dict[str, Callable[[Scene, random.Random, bool], Turn | None]] = {
 }
 
 
+LONG = ("caption", "relation")
+
+
 def scenes(rng: random.Random, split: str, index: int) -> Sample:
-    """Training: six questions a picture. Held out: one, the tasks in turn, yes and no equally often."""
+    """Training: eight questions a picture and a survey. Held out: one question, the tasks in turn, yes and no equally
+    often."""
     while True:
         scene = draw_scene(rng)
         if split == "train":
             # The coins are independent: two yes/no questions tell nothing about each other's answer.
-            order = [*TASKS, "exists", "grounding", "count"]
+            order = [*TASKS, "colour", "exists", "count", "count"]
             rng.shuffle(order)
             turns = [TASKS[task](scene, rng, rng.random() < 0.5) for task in order]
             turns = [turn for turn in turns if turn is not None]
             # Not twice the same question, nor the same box.
             kept = {turn.question if isinstance(turn.answer, str) else turn.answer: turn for turn in turns}
-            return Sample(tuple(kept.values())[:6], (paint(rng, scene),))
+            # What tells much comes last, or the answers to come could be read there instead of in the picture.
+            asked = sorted(list(kept.values())[:8], key=lambda turn: turn.task in LONG)
+            survey = rng.choice(SURVEYS)(scene, rng)
+            return Sample((*asked, *([survey] if survey else [])), (paint(rng, scene),))
         task = list(TASKS)[index % len(TASKS)]
         turn = TASKS[task](scene, rng, (index // len(TASKS)) % 2 == 0)
         if turn is not None:

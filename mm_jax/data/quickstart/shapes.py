@@ -76,6 +76,10 @@ class Scene:
     def count(self, *, colour: str | None = None, shape: str | None = None) -> int:
         return sum(colour in (None, t.colour) and shape in (None, t.shape) for t in self.things)
 
+    def ordered(self) -> list[Thing]:
+        """The things from left to right."""
+        return sorted(self.things, key=lambda thing: thing.x)
+
     def unique(self) -> list[Thing]:
         """The things whose colour and shape together name only them."""
         names = Counter(thing.name for thing in self.things)
@@ -98,6 +102,32 @@ def draw_scene(rng: random.Random, number: int | None = None, colours: tuple[str
                 things.append(Thing(rng.choice(hues), rng.choice(shapes), x, y, radius))
                 if len(things) == wanted:
                     return Scene(width, height, background(rng), tuple(things))
+
+
+def place(scene: Scene, thing: Thing) -> str | None:
+    """ "top left" and so on, or None where the thing is too near a middle line to tell."""
+    x, y = thing.x / scene.width - 0.5, thing.y / scene.height - 0.5
+    if min(abs(x), abs(y)) < 0.08:
+        return None
+    return f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
+
+
+def absent(scene: Scene, rng: random.Random) -> str:
+    """A name that is not in the scene, mostly a near miss.
+
+    Half: a colour and a shape that are both there, on different things. Else the right colour with another
+    shape, the right shape with another colour, and rarely a thing of which nothing is there.
+    """
+    present = {thing.name for thing in scene.things}
+    colours, shapes = {t.colour for t in scene.things}, {t.shape for t in scene.things}
+    every = [(c, s) for c in COLOURS for s in SHAPES if f"{c} {s}" not in present]
+    both = [f"{c} {s}" for c, s in every if c in colours and s in shapes]
+    one = [f"{c} {s}" for c, s in every if (c in colours) != (s in shapes)]
+    none = [f"{c} {s}" for c, s in every if c not in colours and s not in shapes]
+    kind = rng.random()
+    if both and kind < 0.5:
+        return rng.choice(both)
+    return rng.choice(none) if none and kind > 0.9 else rng.choice(one)
 
 
 def paint(rng: random.Random, scene: Scene) -> Picture:

@@ -136,7 +136,7 @@ def choose_words(rng: random.Random, split: str, index: int) -> list[str]:
 def speech(rng: random.Random, split: str, index: int) -> Sample:
     words = choose_words(rng, split, index)
     voice = choose_voice(rng, split)
-    turns = [Turn("speech", pick(rng, SPEECH), " ".join(words))]
+    turns = [Turn("speech" if len(words) == 1 else "speech_pair", pick(rng, SPEECH), " ".join(words))]
     numbers = [word for word in words if word in NUMBERS]
     colours = [word for word in words if word in COLOURS]
     if len(numbers) == 1:
