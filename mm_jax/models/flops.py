@@ -14,12 +14,15 @@ class Work:
       tokens: decoder tokens, pseudo-tokens included, padding excluded.
       token_pairs: sum over segments of length * (length + 1) / 2, the causal attention pairs.
       images, clips: used image and audio slots.
+      patches: of a native-resolution tower; frame_pairs: sum over its frames of the square of their patches.
     """
 
     tokens: int
     token_pairs: int
     images: int = 0
     clips: int = 0
+    patches: int = 0
+    frame_pairs: int = 0
 
 
 def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
@@ -41,7 +44,19 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
         reads = positions * (features * h + 2 * h * h)
         return 2.0 * (reads + tokens * (2 * h * h + 2 * positions * h + 4 * h * h + h * width))
 
-    if (v := config.vision) is not None:
+    if (v := config.vision) is not None and config.native:
+        full = len(v.full_layers) if v.window else v.num_layers
+        # windows are taken as full, which those at the edge of a picture are not
+        pairs = full * work.frame_pairs + (v.num_layers - full) * work.patches * v.block
+        layer = 4 * v.embed_dim**2 + (2 + v.gated) * v.embed_dim * v.mlp_dim
+        flops["vision"] = 2 * work.patches * (v.patch_dim * v.embed_dim + v.num_layers * layer)
+        flops["vision"] += 4 * v.embed_dim * pairs
+        tokens = work.patches // v.merge**2
+        flops["image_projector"] = projector("image_projector", v.feature_dim, work.patches, tokens)
+        if config.deep_projector is not None:
+            deep = projector("deep_projector", v.feature_dim, work.patches, tokens)
+            flops["deep_projector"] = len(v.taps) * deep
+    elif v is not None:
         embed, pixels, channels = 0, v.height * v.width, 3
         for wider in v.stem:
             pixels //= 4
@@ -86,8 +101,9 @@ def train_flops(config: MultimodalConfig, work: Work, trainable: Iterable[str]) 
         "vision": set(),
         "audio": set(),
         "image_projector": {"vision"},
+        "deep_projector": {"vision"},
         "audio_projector": {"audio"},
-        "decoder": {"vision", "audio", "image_projector", "audio_projector"},
+        "decoder": {"vision", "audio", "image_projector", "deep_projector", "audio_projector"},
     }
     forward = forward_flops(config, work)
     return sum(

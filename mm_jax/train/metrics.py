@@ -39,6 +39,8 @@ class Counts:
     images: int = 0
     clips: int = 0
     media_slots: int = 0
+    patches: int = 0
+    frame_pairs: int = 0
 
     def add(self, batch: dict[str, np.ndarray]) -> None:
         """Counts a host batch, [B, ...] or [A, B, ...]."""
@@ -49,6 +51,11 @@ class Counts:
         self.trainable_tokens += int((batch["loss_weights"] > 0).sum())
         self.samples += len(lengths)
         self.token_pairs += int((lengths * (lengths + 1) // 2).sum())
+        if "patch_segment_ids" in batch:
+            frames = batch["patch_segment_ids"].reshape(-1, batch["patch_segment_ids"].shape[-1])
+            sizes = _segment_lengths(frames)
+            self.patches += int(sizes.sum())
+            self.frame_pairs += int((sizes**2).sum())
         if "image_segment_ids" in batch:
             self.images += int((batch["image_segment_ids"] > 0).sum())
             self.media_slots += batch["image_segment_ids"].size
@@ -62,7 +69,12 @@ def rates(
 ) -> dict[str, float]:
     """Speeds of an interval; `parts`: top-level names that train; `dense`: the stage has no decoder."""
     work = Work(
-        0 if dense else counts.tokens, 0 if dense else counts.token_pairs, counts.images, counts.clips
+        0 if dense else counts.tokens,
+        0 if dense else counts.token_pairs,
+        counts.images,
+        counts.clips,
+        counts.patches,
+        counts.frame_pairs,
     )
     used, slots = counts.tokens, counts.slots
     if dense:  # only media are computed there: an unused slot is the padding

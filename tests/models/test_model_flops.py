@@ -14,8 +14,10 @@ from mm_jax.models import (
     AudioEncoder,
     AudioEncoderConfig,
     DecoderConfig,
+    ExpertConfig,
     MultimodalConfig,
     MultimodalLM,
+    NativeViTConfig,
     ProjectorConfig,
     VisionTransformer,
     ViTConfig,
@@ -102,6 +104,27 @@ def test_causal_pairs_by_example():
     assert forward_flops(config, Work(0, 6))["decoder"] == 5 * 6 * 4 * (2 * 3)
     query_out, key_value, mlp, head = 2 * 4 * 6, 2 * 4 * 3, 3 * 4 * 7, 4 * 10
     assert forward_flops(config, Work(3, 0))["decoder"] == 3 * 2 * (5 * (query_out + key_value + mlp) + head)
+
+
+def test_native_tower_by_example():
+    """Eight patches in frames of four: maps of every patch, and pairs within frames or windows."""
+    tower = NativeViTConfig(
+        2, 1, 2, embed_dim=4, num_layers=3, num_heads=1, mlp_dim=6, window=2, full_layers=(1,)
+    )
+    projector = ProjectorConfig("mlp", (4, 1), 16)
+    config = replace(CONFIG, vision=tower, image_projector=projector, audio=None)
+    found = forward_flops(config, Work(0, 0, patches=8, frame_pairs=32))
+    maps = 12 * 4 + 3 * (4 * 4 * 4 + 2 * 4 * 6)
+    assert found["vision"] == 2 * 8 * maps + 4 * 4 * (32 + 2 * 8 * 4)
+    assert found["image_projector"] == 2 * 2 * 16 * (16 + 64)
+
+
+def test_experts_by_example():
+    """A token goes through the router and two experts of three matrices each."""
+    dense = replace(CONFIG.decoder, mlp_dim=0)
+    sparse = replace(dense, experts=ExpertConfig(5, 2, 7))
+    costs = [forward_flops(replace(CONFIG, decoder=d), Work(1, 0))["decoder"] for d in (dense, sparse)]
+    assert costs[1] - costs[0] == 2 * 2 * 64 * (5 + 3 * 2 * 7)
 
 
 def test_multiples_of_training_by_example():

@@ -23,13 +23,10 @@ from mm_jax.families.qwen3_vl import VIDEO_PROCESSOR as THREE  # noqa: E402
 
 
 def reference(name: str):
-    """A module of a video processor, imported with an empty torchvision, which none of the functions used here needs."""
-    names = [
-        "torchvision",
-        "torchvision.transforms",
-        "torchvision.transforms.v2",
-        "torchvision.transforms.v2.functional",
-    ]
+    """A module of a video processor, imported with an empty torchvision: no function that is used here needs it."""
+    names = ["torchvision"]
+    for child in ("transforms", "v2", "functional"):
+        names.append(f"{names[-1]}.{child}")
     names = [name for name in names if name not in sys.modules]
     sys.modules.update({name: ModuleType(name) for name in names})
     for child in names[1:]:

@@ -4,6 +4,8 @@ Its processor as a whole needs torchvision, so the reference is put together fro
 processor, with the one step in between, as many media tokens as a picture has, written here.
 """
 
+import json
+
 import numpy as np
 import pytest
 
@@ -131,3 +133,74 @@ def test_boxes(pair):
 def test_too_long_a_picture(pair):
     with pytest.raises(mm_jax.UserError, match="more than 200 times"):
         pair[3].preprocess(images=[np.zeros((1, 300, 3), np.uint8)])
+
+
+def video_conversation(frames: int = 6, rate: float = 4.0) -> list[dict]:
+    video = {"type": "video", "video": [hosts.picture(40, 30, seed=k) for k in range(frames)], "fps": rate}
+    return [{"role": "user", "content": [video, {"type": "text", "text": "how many digits?"}]}]
+
+
+def same_video(model, tokenizer, lm, conversation, written: str) -> None:
+    """The tokens are those of the text with `written` for the video, and the logits those of the reference."""
+    batch = lm.batch(messages=conversation)
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    whole = "<|vision_start|><|video_pad|><|vision_end|>"
+    assert text.count(whole) == 1
+    ids = np.array([tokenizer(text.replace(whole, written))["input_ids"]])
+    real = batch["segment_ids"][0] > 0
+    assert batch["tokens"][0][real].tolist() == ids[0].tolist()
+    part = conversation[0]["content"][0]
+    arrays = lm.preprocess(videos=[(part["video"], part["fps"])])
+    arrays = {name: array for name, array in arrays.items() if name != "video_times"}
+    arrays |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    arrays["mm_token_type_ids"] = 2 * (ids == tokenizer.convert_tokens_to_ids("<|video_pad|>"))
+    ours = np.asarray(lm.apply(lm.params, batch))[0][real]
+    assert np.abs(ours - theirs.logits(model, arrays)[0]).max() < 1e-4
+
+
+def test_video(pair):
+    """All frames of a video, two to a patch; its settings are those of pictures where there are no others."""
+    model, tokenizer, _, lm = pair
+    pad = "<|video_pad|>" * (3 * 4 * 5)
+    same_video(model, tokenizer, lm, video_conversation(), f"<|vision_start|>{pad}<|vision_end|>")
+
+
+def test_video_behind_its_times(tmp_path):
+    """Qwen3-VL: two frames a second of ten at 4 Hz, each patch of two frames behind its time."""
+    tokenizer = hosts.byte_level(*MEDIA)
+    tokenizer.chat_template = TEMPLATE
+    ids = tokenizer.convert_tokens_to_ids
+    config = transformers.Qwen3VLConfig(
+        text_config=theirs.TEXT
+        | dict(
+            vocab_size=len(tokenizer) + 3,
+            max_position_embeddings=512,
+            rope_parameters=dict(rope_theta=10_000.0, rope_type="default", mrope_section=[2, 1, 1]),
+            head_dim=8,
+        ),
+        vision_config=dict(
+            depth=2,
+            hidden_size=24,
+            intermediate_size=36,
+            num_heads=3,
+            patch_size=4,
+            out_hidden_size=32,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0],
+        ),
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+    )
+    model = theirs.build(config, tmp_path, "Qwen3VLForConditionalGeneration")
+    tokenizer.save_pretrained(tmp_path)
+    settings = {"size": {"shortest_edge": 4 * 256, "longest_edge": 5 * 512}}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    lm = mm_jax.load(tmp_path)
+    conversation = video_conversation(10)
+    thw = lm.preprocess(videos=[(conversation[0]["content"][0]["video"], 4.0)])["video_grid_thw"]
+    assert thw.shape == (1, 3) and thw[0, 0] == 3  # five frames: 0, 2, 4, 7 and 9, the last twice
+    pad = "<|vision_start|>" + "<|video_pad|>" * int(thw[0, 1] * thw[0, 2] // 4) + "<|vision_end|>"
+    written = "".join(f"<{time} seconds>{pad}" for time in ("0.2", "1.4", "2.2"))
+    same_video(model, tokenizer, lm, conversation, written)
