@@ -57,7 +57,7 @@ class Experts(nn.Module):
             kernel = self.param(name, init, shape).astype(self.dtype)
             return jax.lax.ragged_dot(inputs, kernel, sizes)
 
-        sorted_tokens = tokens[order // c.num_chosen].astype(self.dtype)
+        sorted_tokens = jnp.take(tokens, order // c.num_chosen, axis=0).astype(self.dtype)
         hidden = ACTIVATIONS[self.activation](project("gate", sorted_tokens, c.mlp_dim, OPEN))
         hidden = hidden * project("up", sorted_tokens, c.mlp_dim, OPEN)
         out = project("down", hidden, x.shape[-1], CLOSED)
