@@ -26,7 +26,6 @@ from mm_jax.data.tokenizer import AUDIO, END, IMAGE, PAD, Tokenizer, spaced, tra
 from mm_jax.errors import UserError
 from mm_jax.serialize import from_json, to_json
 
-
 AnswerWeight = Literal["token", "sqrt", "answer"]
 POWERS: dict[str, float] = {"token": 0.0, "sqrt": 0.5, "answer": 1.0}
 
