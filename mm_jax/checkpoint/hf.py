@@ -24,10 +24,10 @@ from mm_jax.checkpoint import safetensors
 from mm_jax.checkpoint.safetensors import Entry, StoredTensor
 from mm_jax.data.media_rule import MediaRule, Settings
 from mm_jax.errors import UserError, nearest
-from mm_jax.families import FAMILIES, Family, Names, System, Weight
+from mm_jax.families import ARCHITECTURES, FAMILIES, Family, Names, System, Weight
 from mm_jax.families.fields import token_ids
 from mm_jax.families.media import media_rule
-from mm_jax.models import MultimodalConfig, MultimodalLM, VisionTransformer, dummy_batch
+from mm_jax.models import ENCODERS, MultimodalConfig, MultimodalLM, dummy_batch
 
 INDEX = "model.safetensors.index.json"
 # tables that the reference computes itself and that old files hold nevertheless
@@ -103,9 +103,10 @@ def open_hf(directory: str | Path) -> Opened:
     directory = Path(directory)
     values = _json(directory / "config.json")
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    family = next((ARCHITECTURES[a] for a in values.get("architectures") or () if a in ARCHITECTURES), None)
+    if family is None and kind not in FAMILIES:
         raise UserError(f'{directory}: the model_type "{kind}" is not known{nearest(str(kind), FAMILIES)}')
-    family = FAMILIES[kind]
+    family = family or FAMILIES[kind]
     tensors = _canonical(_tensors(directory), family.renames)
     system = family.system(values, Names.of({name: tensor.shape for name, tensor in tensors.items()}))
     shapes = abstract_params(system.config)
@@ -158,10 +159,11 @@ def load_hf(
 def abstract_params(config: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a model or tower, by path."""
     if isinstance(config, MultimodalConfig):
-        init, inputs = MultimodalLM(config).init, dummy_batch(config)
+        init, inputs = MultimodalLM(config).init, [dummy_batch(config)]
     else:
-        init, inputs = VisionTransformer(config).init, jnp.zeros((1, config.height, config.width, 3))
-    shapes = jax.eval_shape(init, jax.random.key(0), inputs)["params"]
+        init = ENCODERS[type(config)](config).init
+        inputs = [jnp.zeros((1, *size, 3)) for size in config.inputs.values()]
+    shapes = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
 
 

@@ -8,6 +8,7 @@ pictures meet before the layout is worked out, and there is one place for it.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from mm_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 # stands for the media token in `Item.text`, whatever the tokenizer calls it; a noncharacter, which no text may hold
+MOST = 256  # numbered arrays of pictures, of which each has its own size
 MEDIA = "\ufdd2"
 
 
@@ -116,12 +118,15 @@ class MediaRule:
       taps: whether some items have taps.
       ignored: arrays of the reference's processor that hold nothing new.
       placeholders: what chat templates write for a picture, clip or video, where it is not the media token itself.
+      joined: for chat templates that take texts alone: what stands between the parts of a message, of which media are
+        placeholders. None for those that take parts.
     """
 
     tokens: Mapping[str, int] = {}
     names: Mapping[str, tuple[str, ...]] = {}
     ignored: tuple[str, ...] = ("token_type_ids", "mm_token_type_ids")
     placeholders: Mapping[str, str] = {}
+    joined: str | None = None
     taps = False
     sample_rate = 16_000  # Hz, of the clips that `audio` takes
 
@@ -155,6 +160,13 @@ class MediaRule:
         Raises UserError for arrays of wrong shapes.
         """
         raise NotImplementedError
+
+    def prepared(self, arrays: Mapping[str, Any]) -> tuple[MediaRule, Mapping[str, Any]]:
+        """The arrays of a batch with a media token wherever a feature goes, and the rule that knows this token.
+
+        Most references have such a token already; see `BoundRule` for others.
+        """
+        return self, arrays
 
     def positions(self, tokens: np.ndarray, items: Mapping[str, Sequence[Item]]) -> np.ndarray:
         """int32 [T] or [T, axes]: the decoder's positions of one conversation of tokens [T] with these items."""
@@ -212,6 +224,36 @@ class FixedImage(MediaRule):
 
     def transform(self, size: tuple[int, int]) -> Transform:
         return self.rule.transform(size)
+
+
+class BoundRule(MediaRule):
+    """For references that say the places of pictures in arrays of their own, where the ids mean nothing.
+
+    Attributes:
+      rows: the name of the array with the row of each picture; image_bound has the columns from and to.
+    """
+
+    rows = "image_row"
+    ignored = (
+        *MediaRule.ignored,
+        "image_row",
+        "image_bound",
+        "im_mask",
+        "tiles",
+        "hd_num",
+        "slice_row",
+    ) + tuple(f"image_{k}" for k in range(MOST))
+
+    def prepared(self, arrays: Mapping[str, Any]) -> tuple[MediaRule, Mapping[str, Any]]:
+        if "image_bound" not in arrays or "input_ids" not in arrays:
+            return self, arrays
+        ids = np.array(arrays["input_ids"])
+        rule = copy.copy(self)
+        free = int(np.setdiff1d(np.arange(ids.size + 1), ids)[0])
+        rule.tokens = {"image": free}
+        for row, (start, stop) in zip(arrays[self.rows], arrays["image_bound"], strict=True):
+            ids[row, start:stop] = free
+        return rule, {**arrays, "input_ids": ids}
 
 
 def channels_last(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

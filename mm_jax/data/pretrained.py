@@ -185,6 +185,9 @@ class PretrainedProcessor:
             else:
                 kind = next(kind for kind, of in KINDS.items() if isinstance(part, of))
                 content.append({"type": kind, kind: kind})
+        if self.rule.joined is not None:
+            texts = [part.get("text") or self.rule.placeholders[part["type"]] for part in content]
+            return rest | {"content": self.rule.joined.join(texts)}
         return rest | {"content": content}
 
     def _picture(self, source: Any) -> np.ndarray:

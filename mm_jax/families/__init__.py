@@ -24,6 +24,7 @@ from types import ModuleType
 
 from mm_jax.families import (
     clip,
+    deepseek_vl,
     intern_vit,
     internlm2,
     internlm3,
@@ -32,6 +33,7 @@ from mm_jax.families import (
     llava,
     llava_next,
     llava_onevision,
+    minicpmv,
     mistral,
     opt,
     qwen2,
@@ -41,15 +43,20 @@ from mm_jax.families import (
     qwen3_moe,
     qwen3_vl,
     qwen3_vl_moe,
+    sam,
     siglip,
+    xcomposer2,
 )
 from mm_jax.families.family import Family, Names, System, Weight
 
 FAMILIES: dict[str, Family] = {
     "clip_vision_model": clip.FAMILY,
+    "internlmxcomposer2": xcomposer2.FAMILY,
     "intern_vit_6b": intern_vit.ORIGINAL,
     "internlm2": internlm2.FAMILY,
     "internlm3": internlm3.FAMILY,
+    "deepseek_vl": deepseek_vl.FAMILY,
+    "deepseek_vl_hybrid": deepseek_vl.HYBRID,
     "internvl": internvl.FAMILY,
     "internvl_chat": internvl.ORIGINAL,
     "internvl_vision": intern_vit.FAMILY,
@@ -57,6 +64,7 @@ FAMILIES: dict[str, Family] = {
     "llava": llava.FAMILY,
     "llava_next": llava_next.FAMILY,
     "llava_onevision": llava_onevision.FAMILY,
+    "minicpmv": minicpmv.FAMILY,
     "mistral": mistral.FAMILY,
     "opt": opt.FAMILY,
     "qwen2": qwen2.FAMILY,
@@ -66,8 +74,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": qwen3_moe.FAMILY,
     "qwen3_vl": qwen3_vl.FAMILY,
     "qwen3_vl_moe": qwen3_vl_moe.FAMILY,
+    "sam_vision_model": sam.FAMILY,
     "siglip_vision_model": siglip.FAMILY,
 }
+
+# those whose files have model_types of others
+ARCHITECTURES: dict[str, Family] = {"InternLMXComposer2ForCausalLM": xcomposer2.FAMILY}
 
 
 def families() -> dict[str, tuple[str, ...]]:
@@ -88,4 +100,4 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-__all__ = ["FAMILIES", "Family", "Names", "System", "Weight", "families"]
+__all__ = ["ARCHITECTURES", "FAMILIES", "Family", "Names", "System", "Weight", "families"]

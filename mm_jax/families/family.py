@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 
 from mm_jax.data.media_rule import MediaRule, Settings
-from mm_jax.models import DecoderConfig, MultimodalConfig, ViTConfig
+from mm_jax.models import DecoderConfig, MultimodalConfig, VisionConfig
 
 LINEAR = "o i -> i o"  # a linear map of the reference is [out, in], ours [in, out]
 
@@ -151,7 +151,7 @@ class System:
       template: chat template, for a checkpoint that has none.
     """
 
-    config: MultimodalConfig | ViTConfig
+    config: MultimodalConfig | VisionConfig
     weights: tuple[Weight, ...]
     text: Text | None = None
     unused: tuple[str, ...] = ()

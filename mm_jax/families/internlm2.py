@@ -32,7 +32,7 @@ def weights(config: DecoderConfig, model: str, head: str) -> tuple[Weight, ...]:
     table = [
         Weight(f"{model}tok_embeddings.weight", "decoder/embedding/embedding"),
         Weight(f"{layer}attention_norm.weight", f"{ours}attention_norm/scale"),
-        *fused(config, f"{layer}attention.wqkv", f"{ours}attention/"),
+        *fused(config, f"{layer}attention.wqkv", f"{ours}attention/", config.qkv_bias),
         Weight(f"{layer}attention.wo.weight", f"{ours}attention/out/kernel", LINEAR),
         Weight(f"{layer}ffn_norm.weight", f"{ours}mlp_norm/scale"),
         Weight(f"{layer}feed_forward.w1.weight", f"{ours}mlp/gate/kernel", LINEAR),
@@ -47,8 +47,8 @@ def weights(config: DecoderConfig, model: str, head: str) -> tuple[Weight, ...]:
     return tuple(table)
 
 
-def fused(config: DecoderConfig, theirs: str, ours: str) -> list[Weight]:
-    """Query, key and value kernels, and their biases where there are some, out of `theirs`."""
+def fused(config: DecoderConfig, theirs: str, ours: str, bias: bool) -> list[Weight]:
+    """Query, key and value kernels, and biases if there are some, out of the one map `theirs`."""
     heads, size, groups = config.num_heads // config.num_kv_heads, config.head_dim, config.num_kv_heads
     ends = (0, heads * size, (heads + 1) * size, (heads + 2) * size)
     table = []
@@ -57,7 +57,7 @@ def fused(config: DecoderConfig, theirs: str, ours: str) -> list[Weight]:
         table.append(
             Weight(f"{theirs}.weight", f"{ours}{name}/kernel", "d k i -> i (k d)", (("k", groups),), part)
         )
-        if config.qkv_bias:
+        if bias:
             part = Part(start, stop, ends[-1], "(k d) -> d k", (("k", groups),))
             table.append(
                 Weight(f"{theirs}.bias", f"{ours}{name}/bias", "d k -> (k d)", (("k", groups),), part)

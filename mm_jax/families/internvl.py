@@ -6,10 +6,20 @@ the same numbers under other names, with query, key and value of the tower in on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
+from einops import rearrange
+
+from mm_jax.data.image import Transform
+from mm_jax.data.media_rule import MEDIA, Arrays, FixedImage, Item, MediaRule, Settings, channels_last
+from mm_jax.data.messages import Box, Part, Text
+from mm_jax.data.pieces import tiles
+from mm_jax.data.pixels import BICUBIC, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, resize
 from mm_jax.errors import UserError
 from mm_jax.families import intern_vit
 from mm_jax.families.clip import Output
@@ -34,6 +44,14 @@ RENAMES = (
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
 )
 HEADS = ("language_model.lm_head.weight", "language_model.output.weight")
+BOXES = r"(?:<box>)(\[(?:\[ *\d+ *(?:, *\d+ *){3}\],? *)+\])(?:</box>)"
+# of GotOcr2ImageProcessor, and of the released files' own code
+IMAGE_PROCESSOR = {
+    "size": {"height": 384, "width": 384},
+    "resample": BICUBIC,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
 PROJECTOR_EPS = 1e-5  # torch's own
 
 
@@ -61,7 +79,14 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     )
     config = MultimodalConfig(vision, None, image_projector=projector, decoder=text.decoder)
     text = text if pad is None else replace(text, pad_id=pad)
-    return System(config, table, text, intern_vit.unused("vision_tower."), token)
+    rule = partial(
+        TileRule,
+        token_id=token,
+        size=(vision.height, vision.width),
+        num_tokens=config.image_tokens,
+        defaults=IMAGE_PROCESSOR,
+    )
+    return System(config, table, text, intern_vit.unused("vision_tower."), token, rule=rule)
 
 
 ORIGINAL_DEFAULTS = {
@@ -74,6 +99,10 @@ ORIGINAL_DEFAULTS = {
     "img_context_token_id": None,
     "use_backbone_lora": 0,
     "use_llm_lora": 0,
+    "dynamic_image_size": False,
+    "use_thumbnail": False,
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 6,
     "pad_token_id": None,
     "eos_token_id": None,
 }
@@ -88,8 +117,9 @@ DECODERS = {
 
 def _original_system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     fields = Fields(values, ORIGINAL_DEFAULTS)
-    # what the picture rule and the prompt are made by, and the decoder's width, which its own config has
-    fields.skip("dynamic_image_size", "use_thumbnail", "min_dynamic_patch", "max_dynamic_patch", "pad2square")
+    # what the prompt is made by, and the decoder's width, which its own config has
+    dynamic, view = fields("dynamic_image_size"), fields("use_thumbnail")
+    least, most = fields("min_dynamic_patch"), fields("max_dynamic_patch")
     fields.skip("template", "system_message", "image_fold", "hidden_size")
     for name in ("use_backbone_lora", "use_llm_lora"):
         if fields(name):
@@ -131,7 +161,79 @@ def _original_system(values: Mapping[str, Any], names: frozenset[str]) -> System
     text = replace(
         text, pad_id=text.pad_id if pad is None else pad, stop_ids=token_ids(stops) or text.stop_ids
     )
-    return System(config, table, text, intern_vit.unused("vision_model."), token)
+    rule = None
+    if token is not None:
+        rule = partial(
+            TileRule,
+            token_id=token,
+            size=(vision.height, vision.width),
+            num_tokens=config.image_tokens,
+            defaults=IMAGE_PROCESSOR | {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
+            least=least,
+            most=most if dynamic else 1,
+            view=view,
+        )
+    return System(config, table, text, intern_vit.unused("vision_model."), token, rule=rule)
+
+
+class TileRule(FixedImage):
+    """Pictures stretched onto the grid of tiles whose shape is nearest, with a view of the whole behind them.
+
+    Args:
+      least, most: tiles that there may be, where the image processor's settings say nothing else.
+    """
+
+    names = {"image": ("pixel_values", "num_patches")}
+
+    def __init__(
+        self, settings: Settings, *, least: int = 1, most: int = 12, view: bool = True, **options: Any
+    ):
+        super().__init__(settings, **options)
+        self.least, self.most, self.view = least, most, view
+
+    def images(self, images: Sequence[np.ndarray]) -> Arrays:
+        pieces = [self._pieces(image) for image in images]
+        pixels = np.concatenate([self.rule.normalise(tiles).transpose(0, 3, 1, 2) for tiles in pieces])
+        return {"pixel_values": pixels, "num_patches": np.array([len(tiles) for tiles in pieces])}
+
+    def _pieces(self, picture: np.ndarray) -> np.ndarray:
+        """uint8 [tiles, H, W, 3]"""
+        settings, (height, width) = self.settings.image or {}, self.size
+        least, most = settings.get("min_patches", self.least), settings.get("max_patches", self.most)
+        columns, rows = tiles((picture.shape[1], picture.shape[0]), width, least, most)
+        whole = resize(picture, (rows * height, columns * width), self.rule.resample)
+        pieces = rearrange(whole, "(r h) (c w) d -> (r c) h w d", h=height, w=width)
+        if len(pieces) == 1 or not self.view:
+            return pieces
+        return np.concatenate([pieces, resize(picture, self.size, self.rule.resample)[None]])
+
+    def items(self, kind: str, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[Item]:
+        pixels = channels_last(arrays["pixel_values"], self.size)
+        found = []
+        ends = np.cumsum(arrays.get("num_patches", np.ones(len(pixels), int)))
+        for part in np.split(pixels, ends[:-1]):
+            features = len(part) * self.num_tokens
+            text = f"<img>{MEDIA * features}</img>"
+            found.append(Item(np.arange(features, dtype=np.int32), features, {"pixel_values": part}, text))
+        return found
+
+    def transform(self, size: tuple[int, int]) -> Transform:
+        return MediaRule.transform(self, size)  # boxes speak of the whole picture
+
+    def write_box(self, box: Box, transform: Transform) -> str:
+        corners = [round(1000 * value) for value in transform.forward(box.box)]
+        return f"<box>[{corners}]</box>"
+
+    def parse(self, text: str, transforms: Sequence[Transform]) -> list[Part]:
+        found: list[Part] = []
+        for k, piece in enumerate(re.split(BOXES, text)):
+            if k % 2 == 0 or not transforms:
+                found += [Text(piece)] if piece else []
+                continue
+            for corners in re.findall(r"\[([^\[\]]*)\]", piece):
+                values = [float(value) / 1000 for value in corners.split(",")]
+                found.append(Box(transforms[0].inverse(tuple(values))))
+        return found
 
 
 def _output(fields: Fields, name: str) -> Output:

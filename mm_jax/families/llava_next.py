@@ -53,7 +53,7 @@ def tiled(
         defaults=defaults,
         **options,
     )
-    newline = Weight("image_newline", "markers", "d -> 1 d")
+    newline = Weight("image_newline", "marker0")
     return replace(system, weights=(*system.weights, newline), rule=rule)
 
 

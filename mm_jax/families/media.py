@@ -25,6 +25,6 @@ def media_rule(system: System, settings: Settings) -> MediaRule:
     return FixedImage(
         settings,
         token_id=system.image_token_id,
-        size=(config.vision.height, config.vision.width),
+        size=config.vision.inputs["pixel_values"],
         num_tokens=config.image_tokens,
     )

@@ -32,7 +32,8 @@ def text(values: Mapping[str, Any], tied: bool, where: str) -> Text:
 
 def windows(fields: Fields) -> tuple[int, ...]:
     """The sliding window of each layer: of those that layer_types names, or else from max_window_layers on."""
-    window = fields("sliding_window") if fields("use_sliding_window") else None
+    size, used = fields("sliding_window"), fields("use_sliding_window")
+    window = size if used else None  # released files give a size that is not used
     first, kinds = fields("max_window_layers"), fields("layer_types")
     if kinds is None:
         kinds = [

@@ -27,15 +27,29 @@ def layout_of(
     pad = next((i for i in (pad_id, *stop_ids) if i is not None), 0)
     return Layout(
         image_tokens=config.image_tokens,
-        image_size=(0, 0) if vision is None or config.native else (vision.height, vision.width),
+        image_size=(0, 0) if vision is None or config.native else vision.inputs["pixel_values"],
         audio_tokens=config.audio_tokens,
         audio_size=(0, 0) if audio is None else (audio.max_frames, audio.num_mels),
         taps=taps,
-        patches=patch_layout(vision) if config.native else None,
-        slot_arrays=patch_layout(vision).arrays(vision.patch_dim) if config.native else (),
+        patches=patch_layout(vision) if config.native and not vision.slot_patches else None,
+        slot_arrays=_slot_arrays(config),
         position_axes=3 if config.decoder.rope_sections else 0,
         pad_id=pad if 0 <= pad < config.decoder.vocab_size else 0,
     )
+
+
+def _slot_arrays(config: MultimodalConfig) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    """See `Layout.slot_arrays`."""
+    vision = config.vision
+    if vision is None:
+        return ()
+    if not config.native:
+        several = tuple((name, (*size, 3), "float32") for name, size in vision.inputs.items())
+        return several if len(several) > 1 else ()
+    arrays = patch_layout(vision).arrays(vision.patch_dim)
+    if not vision.slot_patches:
+        return arrays
+    return tuple((name, (vision.slot_patches, *shape), dtype) for name, shape, dtype in arrays)
 
 
 def batch_of(
@@ -52,6 +66,7 @@ def batch_of(
     Raises UserError: unknown names, shapes that disagree, tokens outside the vocabulary, or media whose tokens are not
     those in the rows.
     """
+    rule, arrays = rule.prepared(arrays)
     known = [*TEXT, *(name for kind in rule.tokens for name in rule.names[kind])]
     for name in arrays:
         if name not in known and name not in rule.ignored:

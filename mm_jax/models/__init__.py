@@ -6,16 +6,25 @@ from mm_jax.models.decoder import Decoder, DecoderConfig, init_cache
 from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.heads import DenseHeads, HeadConfig
 from mm_jax.models.layers import MLP, Attention, EncoderBlock
-from mm_jax.models.multimodal import MultimodalConfig, MultimodalLM, dummy_batch, splice
+from mm_jax.models.multimodal import (
+    ENCODERS,
+    MultimodalConfig,
+    MultimodalLM,
+    VisionConfig,
+    dummy_batch,
+    splice,
+)
 from mm_jax.models.native import NativeViT, NativeViTConfig
-from mm_jax.models.projectors import MLPProjector, ProjectorConfig, Resampler
+from mm_jax.models.projectors import BranchProjector, MLPProjector, ProjectorConfig, Resampler
 from mm_jax.models.rotary import RopeScaling, axial_rotation, channel_axes, rotate, rotation
+from mm_jax.models.sam import HybridConfig, HybridEncoder, SamConfig, SamEncoder
 from mm_jax.models.vision import VisionTransformer, ViTConfig
 
 __all__ = [
-    "MLP", "Attention", "AudioEncoder", "AudioEncoderConfig", "Decoder", "DecoderConfig", "DenseHeads", "EncoderBlock",
-    "ExpertConfig", "Experts", "HeadConfig", "MLPProjector", "MultimodalConfig", "MultimodalLM", "NativeViT",
-    "NativeViTConfig", "ProjectorConfig", "Resampler", "RopeScaling", "ViTConfig", "VisionTransformer", "attention",
-    "attention_mask", "attention_weights", "axial_rotation", "channel_axes", "dummy_batch", "init_cache", "rotate",
-    "rotation", "splice", "window_mask",
+    "ENCODERS", "MLP", "Attention", "AudioEncoder", "AudioEncoderConfig", "BranchProjector", "Decoder",
+    "DecoderConfig", "DenseHeads", "EncoderBlock", "ExpertConfig", "Experts", "HeadConfig", "HybridConfig",
+    "HybridEncoder", "MLPProjector", "MultimodalConfig", "MultimodalLM", "NativeViT", "NativeViTConfig",
+    "ProjectorConfig", "Resampler", "RopeScaling", "SamConfig", "SamEncoder", "ViTConfig", "VisionConfig",
+    "VisionTransformer", "attention", "attention_mask", "attention_weights", "axial_rotation", "channel_axes",
+    "dummy_batch", "init_cache", "rotate", "rotation", "splice", "window_mask",
 ]  # fmt: skip

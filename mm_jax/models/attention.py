@@ -48,6 +48,7 @@ def attention(
     mask: jax.Array | None = None,
     scale: float | None = None,
     cap: float = 0.0,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
@@ -59,6 +60,7 @@ def attention(
       mask: bool [B or 1, 1, T, S], from `attention_mask`.
       scale: factor on query x key; None for H ** -0.5.
       cap: bound of the logits, cap * tanh(logits / cap) (Gemma-2); 0 for none.
+      bias: [B, N, T, S], added to the logits; not together with a cap.
 
     Returns:
       [B, T, N, H] in the dtype of `query`.
@@ -67,7 +69,7 @@ def attention(
         weights = attention_weights(query, key, mask, scale, cap).astype(query.dtype)
         value = jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
         return jnp.einsum("bnts,bsnh->btnh", weights, value)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="xla")
+    return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="xla")
 
 
 def attention_weights(

@@ -39,6 +39,8 @@ class DecoderConfig:
       query_scale: factor on query x key; None for head_dim ** -0.5.
       attention_cap, logit_cap: bounds of the attention's and of the output's logits (Gemma-2); 0 for none.
       attention_start: first kernels of the attention of a new model, see `Attention`.
+      adapter_rank, adapter_scale: low-rank maps for media tokens beside all maps of the blocks, see
+        `mm_jax.models.layers.MediaAdapter`; rank 0 for none.
       qkv_bias: biases on query, key and value (Qwen2); out_bias, mlp_bias: on the other projections.
       experts: a mixture of experts in place of the MLP of every layer.
     """
@@ -78,6 +80,8 @@ class DecoderConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     experts: ExpertConfig | None = None
+    adapter_rank: int = 0
+    adapter_scale: float = 1.0
 
 
 Cache = dict[str, jax.Array]
@@ -116,6 +120,7 @@ class DecoderBlock(nn.Module):
         slots: jax.Array,
         starts: jax.Array | None,
         deep: Deep | None,
+        media: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """[B, T, D] and this layer's cache, window and number -> [B, T, D] and the cache, advanced.
 
@@ -131,12 +136,14 @@ class DecoderBlock(nn.Module):
         attend = Attention(
             c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_eps, self.dtype,
             qk_norm_kind=c.norm, inner_norm=c.inner_norm, scale=c.query_scale, cap=c.attention_cap,
-            start=c.attention_start, name="attention",
+            start=c.attention_start,
+            adapter_rank=c.adapter_rank, adapter_scale=c.adapter_scale, name="attention",
         )  # fmt: skip
         if c.experts is None:
             mlp = MLP(
-                c.mlp_dim, c.activation, c.gated, c.mlp_bias, self.dtype, c.inner_norm, c.norm_eps, name="mlp"
-            )
+                c.mlp_dim, c.activation, c.gated, c.mlp_bias, self.dtype, c.inner_norm, c.norm_eps, c.adapter_rank,
+                c.adapter_scale, name="mlp",
+            )  # fmt: skip
         else:
             mlp = Experts(c.experts, c.activation, self.dtype, name="mlp")
 
@@ -145,9 +152,10 @@ class DecoderBlock(nn.Module):
 
         after, behind = c.norm_place == "post", c.norm_place == "both"
         y = norm("attention_norm", x, not after)
-        y, cache = attend(y, mask=mask, turned=turned, cache=cache, starts=starts)
+        y, cache = attend(y, mask=mask, turned=turned, cache=cache, starts=starts, media=media)
         x = norm("attention_norm", x + norm("attention_out_norm", y, behind), after)
-        y = mlp(norm("mlp_norm", x, not after))
+        y = norm("mlp_norm", x, not after)
+        y = mlp(y, media) if c.adapter_rank else mlp(y)
         x = norm("mlp_norm", x + norm("mlp_out_norm", y, behind), after)
         return (x if deep is None else _deepened(x, number, deep)), cache
 
@@ -181,7 +189,7 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             init = nn.initializers.normal(0.02)
             self.positions = nn.Embed(c.num_positions, c.embed_dim, dtype=self.dtype, embedding_init=init)
-        self.layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 7)(c, self.dtype)
+        self.layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 8)(c, self.dtype)
         if c.final_norm:
             self.norm = NORMS[c.norm](c.norm_eps, self.dtype, None)
         if not c.tie_embeddings:
@@ -201,6 +209,7 @@ class Decoder(nn.Module):
         starts: jax.Array | None = None,
         always: jax.Array | None = None,
         deep: Deep | None = None,
+        media: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Run the blocks and the final norm.
 
@@ -212,6 +221,7 @@ class Decoder(nn.Module):
           starts: int32 [B], see `Attention`.
           always: bool [B, 1, T, S], what is seen besides, whatever the windows.
           deep: media features that the first layers add behind themselves.
+          media: bool [B, T], the tokens that the adapters are for; needed where there are some.
 
         Returns:
           [B, T, D] and the advanced cache.
@@ -229,7 +239,9 @@ class Decoder(nn.Module):
             x = x + self._places(positions + c.position_offset)
         slots = jnp.arange(x.shape[1])[None] + (0 if starts is None else starts[:, None])
         number = None if deep is None else jnp.arange(c.num_layers)
-        x, layers = self.layers(x, layers, windows, number, mask, always, turned, local, slots, starts, deep)
+        x, layers = self.layers(
+            x, layers, windows, number, mask, always, turned, local, slots, starts, deep, media
+        )
         if cache is not None:
             cache = cache | {"key": layers[0], "value": layers[1]}
         return self.norm(x) if c.final_norm else x, cache

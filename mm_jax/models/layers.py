@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Literal
 
 import flax.linen as nn
@@ -82,14 +83,39 @@ def sinusoids(length: int, channels: int) -> np.ndarray:
 
 def sincos_2d(grid: tuple[int, int], channels: int) -> np.ndarray:
     """2-D sine-cosine table (He et al. 2022, MAE): float32 [rows * cols, channels], columns first half, rows second."""
+    places = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), axis=1)
+    return sincos_of(places, channels, np).astype(np.float32)
+
+
+def sincos_of(places: jax.Array, channels: int, xp: ModuleType = jnp) -> jax.Array:
+    """Rows of `sincos_2d` for places int [..., 2] (row, column) of any grid: float [..., channels]; `xp` computes."""
     frequencies = 10_000.0 ** (-np.arange(channels // 4) / (channels // 4))
+    frequencies = frequencies.astype(np.float32) if xp is jnp else frequencies
+    angles = places[..., ::-1, None] * frequencies  # the column first
+    both = xp.concatenate([xp.sin(angles), xp.cos(angles)], axis=-1)
+    return both.reshape(*places.shape[:-1], channels)
 
-    def encode(index: np.ndarray) -> np.ndarray:
-        angles = index[:, None] * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
-    rows, cols = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    return np.concatenate([encode(cols), encode(rows)], axis=1).astype(np.float32)
+class MediaAdapter(nn.Module):
+    """What media tokens, and no others, get on top of linear maps: scale * B A x (Dong et al. 2024, "Partial LoRA").
+
+    Maps of the same input share A.
+    """
+
+    rank: int
+    scale: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, media: jax.Array, **features: int) -> dict[str, jax.Array]:
+        """[B, T, D], bool [B, T] and the width of each map -> what is added to its output, [B, T, width]."""
+        low = nn.Dense(self.rank, use_bias=False, dtype=self.dtype, name="first")(x)
+        low = jnp.where(media[..., None], low * jnp.asarray(self.scale, self.dtype), 0)
+
+        def up(name: str, width: int) -> jax.Array:
+            return nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=CLOSED, name=name)(low)
+
+        return {name: up(name, width) for name, width in features.items()}
 
 
 def mimetic_kernels(
@@ -125,6 +151,7 @@ class Attention(nn.Module):
       scale, cap: as of `mm_jax.models.attention.attention`.
       start: the first kernels: "closed" adds nothing to the residual stream, see CLOSED; "mimetic" looks at what is
         alike and passes it on, see `mimetic_kernels`; for self-attention.
+      adapter_rank, adapter_scale: of the `MediaAdapter`s of all four maps; rank 0 for none.
       dtype: compute dtype; parameters stay float32.
     """
 
@@ -142,6 +169,8 @@ class Attention(nn.Module):
     scale: float | None = None
     cap: float = 0.0
     start: AttentionStart = "closed"
+    adapter_rank: int = 0
+    adapter_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -154,6 +183,7 @@ class Attention(nn.Module):
         starts: jax.Array | None = None,
         key_places: jax.Array | None = None,
         core: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+        media: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Attend.
 
@@ -165,8 +195,9 @@ class Attention(nn.Module):
           cache: keys and values [B, L, K, H] seen so far; the new ones are written at slots
             `starts[b] .. starts[b] + T - 1` and attention reads the whole cache.
           starts: int32 [B].
-          key_places: [S, C] added to the context for the keys alone, so that a query can look for a place.
+          key_places: [S, C] or [B, S, C] added to the context for the keys alone, so that a query can look for a place.
           core: takes query, key and value to their result in place of `attention` under `mask`.
+          media: bool [B, T], the tokens that the adapters are for.
 
         Returns:
           [B, T, D] and the updated cache (None when none was given).
@@ -182,8 +213,18 @@ class Attention(nn.Module):
             kernel_init = first.get(name, OPEN)
             return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=kernel_init, name=name)
 
+        def adapted(name: str, x: jax.Array, **features: int) -> dict[str, jax.Array]:
+            if not self.adapter_rank:
+                return {}
+            adapter = MediaAdapter(self.adapter_rank, self.adapter_scale, self.dtype, name=f"{name}_adapter")
+            return adapter(x, media, **features)
+
+        own, shared = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        added = adapted("qkv", x, query=own, key=shared, value=shared)
+
         def project(name: str, inputs: jax.Array, heads: int) -> jax.Array:
             out = dense(name, heads * self.head_dim, self.use_bias)(inputs)
+            out = out + added[name] if added else out
             normed = self.qk_norm and name != "value"
             if normed and self.norm_heads == "all":
                 out = NORMS[self.qk_norm_kind](self.norm_eps, self.dtype, f"{name}_norm")(out)
@@ -214,7 +255,9 @@ class Attention(nn.Module):
         if self.inner_norm:
             out = layer_norm(self.norm_eps, self.dtype, "inner_norm")(out)
         out_bias = self.use_bias if self.out_bias is None else self.out_bias
-        return dense("out", x.shape[-1], out_bias)(out), cache
+        added = adapted("out", out, out=x.shape[-1])
+        out = dense("out", x.shape[-1], out_bias)(out)
+        return out + added["out"] if added else out, cache
 
 
 class MLP(nn.Module):
@@ -222,6 +265,7 @@ class MLP(nn.Module):
 
     Attributes:
       inner_norm: layer norm in front of the second map, see `Attention`.
+      adapter_rank, adapter_scale: of the `MediaAdapter`s of all maps; rank 0 for none.
     """
 
     mlp_dim: int
@@ -231,20 +275,28 @@ class MLP(nn.Module):
     dtype: jnp.dtype = jnp.float32
     inner_norm: bool = False
     norm_eps: float = 1e-6
+    adapter_rank: int = 0
+    adapter_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
+    def __call__(self, x: jax.Array, media: jax.Array | None = None) -> jax.Array:
+        """[..., D] -> [..., D]; media: bool [...], the tokens that the adapters are for."""
 
-        def dense(name: str, features: int, init: nn.initializers.Initializer = OPEN) -> nn.Dense:
-            return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name)
+        def dense(
+            name: str, x: jax.Array, features: int, init: nn.initializers.Initializer = OPEN
+        ) -> jax.Array:
+            out = nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name)(x)
+            if not self.adapter_rank:
+                return out
+            adapter = MediaAdapter(self.adapter_rank, self.adapter_scale, self.dtype, name=f"{name}_adapter")
+            return out + adapter(x, media, **{name: features})[name]
 
-        hidden = dense("up", self.mlp_dim)(x)
+        hidden = dense("up", x, self.mlp_dim)
         activate = ACTIVATIONS[self.activation]
-        hidden = activate(dense("gate", self.mlp_dim)(x)) * hidden if self.gated else activate(hidden)
+        hidden = activate(dense("gate", x, self.mlp_dim)) * hidden if self.gated else activate(hidden)
         if self.inner_norm:
             hidden = layer_norm(self.norm_eps, self.dtype, "inner_norm")(hidden)
-        return dense("down", x.shape[-1], CLOSED)(hidden)
+        return dense("down", hidden, x.shape[-1], CLOSED)
 
 
 class EncoderBlock(nn.Module):

@@ -13,9 +13,17 @@ from mm_jax.models.decoder import Cache, Decoder, DecoderConfig, Deep
 from mm_jax.models.heads import DenseHeads, HeadConfig
 from mm_jax.models.native import NativeViT, NativeViTConfig
 from mm_jax.models.projectors import PROJECTORS, ProjectorConfig
+from mm_jax.models.sam import HybridConfig, HybridEncoder, SamConfig, SamEncoder
 from mm_jax.models.vision import VisionTransformer, ViTConfig
 
 Batch = dict[str, jax.Array]
+VisionConfig = ViTConfig | NativeViTConfig | SamConfig | HybridConfig
+ENCODERS = {
+    ViTConfig: VisionTransformer,
+    NativeViTConfig: NativeViT,
+    SamConfig: SamEncoder,
+    HybridConfig: HybridEncoder,
+}
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,10 @@ class MultimodalConfig:
       heads: dense-target heads over the encoders, for training them; None when the encoders come trained.
       dtype: compute dtype of every part; parameters are float32.
       deep_projector: of the features that the vision tower's taps give to the decoder's first layers (DeepStack).
+      markers_projected: they are among the encoder's features, and so go through the image projector.
     """
 
-    vision: ViTConfig | NativeViTConfig | None = field(default_factory=ViTConfig)
+    vision: VisionConfig | None = field(default_factory=ViTConfig)
     audio: AudioEncoderConfig | None = field(default_factory=AudioEncoderConfig)
     image_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(2, 2)))
     audio_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(8, 1)))
@@ -38,6 +47,7 @@ class MultimodalConfig:
     dtype: str = "float32"
     deep_projector: ProjectorConfig | None = None
     markers: int = 0
+    markers_projected: bool = False
 
     @property
     def native(self) -> bool:
@@ -47,8 +57,10 @@ class MultimodalConfig:
     @property
     def image_tokens(self) -> int:
         """Pseudo-tokens of one image slot."""
-        if self.vision is None or self.native:
+        if self.vision is None:
             return 0
+        if self.native:
+            return self.image_projector.num_queries if self.vision.slot_patches else 0
         return self.image_projector.num_tokens(self.vision.feature_grid)
 
     @property
@@ -97,7 +109,7 @@ def dummy_batch(config: MultimodalConfig) -> dict[str, jax.Array]:
     ones = jnp.ones((1, 8), jnp.int32)
     batch = {"tokens": ones, "segment_ids": ones, "positions": ones, "media_index": -ones}
     if (v := config.vision) is not None and config.native:
-        slots = (1, v.block)
+        slots = (1, 1, v.slot_patches) if v.slot_patches else (1, v.block)
         batch["patches"] = jnp.zeros((*slots, v.patch_dim))
         batch["patch_segment_ids"] = jnp.ones(slots, jnp.int32)
         batch["patch_positions"] = jnp.zeros((*slots, 2), jnp.int32)
@@ -105,7 +117,7 @@ def dummy_batch(config: MultimodalConfig) -> dict[str, jax.Array]:
             batch["patch_table_index"] = jnp.zeros((*slots, 4), jnp.int32)
             batch["patch_table_weights"] = jnp.zeros((*slots, 4))
     elif v is not None:
-        batch["pixel_values"] = jnp.zeros((1, 1, v.height, v.width, 3))
+        batch |= {name: jnp.zeros((1, 1, *size, 3)) for name, size in v.inputs.items()}
     if (a := config.audio) is not None:
         batch["audio_values"] = jnp.zeros((1, 1, a.max_frames, a.num_mels))
         batch["audio_frames"] = jnp.full((1, 1), a.max_frames, jnp.int32)
@@ -118,7 +130,8 @@ class MultimodalLM(nn.Module):
     A batch holds tokens, segment_ids, positions, media_index int32 [B, S] and, where rows have slots for them,
     pixel_values [B, N, H, W, 3] and audio_values [B, M, F, mels] with audio_frames [B, M]. The features of a row are
     [N * image_tokens | M * audio_tokens] in this order. A native-resolution tower takes patches [B, P, patch_dim] and
-    the other arguments of `NativeViT` as patch_... instead of pixel_values, and gives P / merge**2 features.
+    the other arguments of `NativeViT` as patch_... instead of pixel_values, and gives P / merge**2 features; one with
+    slot_patches takes them with slots, [B, N, P, patch_dim], and gives N * image_tokens.
     Where features are mixed, media_taps int32 and tap_weights float32 [B, S, T] say how, see `splice`.
     Positions are [B, S, 3] for a decoder with rope_sections; [B, S] there means text alone.
     """
@@ -130,7 +143,7 @@ class MultimodalLM(nn.Module):
         dtype = jnp.dtype(c.dtype)
         width = c.decoder.embed_dim
         if c.vision is not None:
-            self.vision = (NativeViT if c.native else VisionTransformer)(c.vision, dtype)
+            self.vision = ENCODERS[type(c.vision)](c.vision, dtype)
             self.image_projector = PROJECTORS[c.image_projector.kind](c.image_projector, width, dtype)
         if c.deep_projector is not None:
             several = nn.vmap(
@@ -144,24 +157,33 @@ class MultimodalLM(nn.Module):
         if c.audio is not None:
             self.audio = AudioEncoder(c.audio, dtype)
             self.audio_projector = PROJECTORS[c.audio_projector.kind](c.audio_projector, width, dtype)
+        if c.markers:
+            merged = c.image_projector.merged_dim(c.vision.feature_dim) if c.markers_projected else width
+            init = nn.initializers.normal(merged**-0.5)
+            self.markers = [self.param(f"marker{k}", init, (merged,)) for k in range(c.markers)]
         if c.heads is not None:
             self.heads = DenseHeads(c.heads, dtype)
-        if c.markers:
-            init = nn.initializers.normal(width**-0.5)
-            self.marker = self.param("markers", init, (c.markers, width))
         self.decoder = Decoder(c.decoder, dtype)
 
     def _native_features(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Projected features [B, F, D], and those for the decoder's first layers [K, B, F, D] or None."""
         names = ("segment_ids", "positions", "table_index", "table_weights")
-        x, taps = self.vision(batch["patches"], *(batch.get(f"patch_{name}") for name in names))
+        inputs = [batch.get(name) for name in ("patches", *(f"patch_{name}" for name in names))]
+        if self.config.vision.slot_patches:
+            rows = len(inputs[0])
+            inputs = [None if x is None else rearrange(x, "b n ... -> (b n) ...") for x in inputs]
+            x, _ = self.vision(*inputs)
+            x = self.image_projector(x, None, inputs[1] > 0, inputs[2])
+            return rearrange(x, "(b n) t d -> b (n t) d", b=rows), None
+        x, taps = self.vision(*inputs)
         grid = (x.shape[1], 1)
         deep = None if self.config.deep_projector is None else self.deep_projector(taps, grid)
         return self.image_projector(x, grid), deep
 
     def _image_features(self, batch: Batch) -> jax.Array:
         """[B * N, patches, C]"""
-        return self.vision(rearrange(batch["pixel_values"], "b n h w c -> (b n) h w c"))
+        pictures = (batch[name] for name in self.config.vision.inputs)
+        return self.vision(*(rearrange(pixels, "b n h w c -> (b n) h w c") for pixels in pictures))
 
     def _audio_features(self, batch: Batch) -> jax.Array:
         """[B * M, positions, C]"""
@@ -220,7 +242,19 @@ class MultimodalLM(nn.Module):
         if deep is not None:
             deep = deep, jnp.where(index < deep.shape[2], index, -1)  # clips come after the pictures
         taps = (batch["media_taps"], batch["tap_weights"]) if "media_taps" in batch else None
-        return splice(embeddings, features, index, self.marker if self.config.markers else None, taps), deep
+        markers = None
+        if self.config.markers:
+            markers = jnp.stack(self.markers).astype(embeddings.dtype)
+            if self.config.markers_projected:
+                markers = self.image_projector(markers[None], None)[0]
+        return splice(embeddings, features, index, markers, taps), deep
+
+    def _media(self, batch: Batch) -> jax.Array | None:
+        """Which tokens the decoder's adapters are for."""
+        if not self.config.decoder.adapter_rank:
+            return None
+        index = batch.get("media_index")  # new tokens have none
+        return jnp.zeros(batch["tokens"].shape, bool) if index is None else index != -1
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Logits float32 [B, S, vocab] of packed rows; segments do not see each other."""
@@ -231,7 +265,7 @@ class MultimodalLM(nn.Module):
         slots = jnp.broadcast_to(jnp.arange(length), (rows, length))
         mask = attention_mask(segments, segments, slots, length)
         x, deep = self._embed(batch)
-        x, _ = self.decoder.hidden(x, mask, batch["positions"], deep=deep)
+        x, _ = self.decoder.hidden(x, mask, batch["positions"], deep=deep, media=self._media(batch))
         return self.decoder.logits(x)
 
     def extend(self, batch: Batch, cache: Cache, starts: jax.Array) -> tuple[jax.Array, Cache]:
@@ -251,5 +285,6 @@ class MultimodalLM(nn.Module):
         slots = starts[:, None] + jnp.arange(segments.shape[1])
         mask = attention_mask(segments, cache["segment_ids"], slots, cache["segment_ids"].shape[1])
         x, deep = self._embed(batch)
-        x, cache = self.decoder.hidden(x, mask, batch["positions"], cache, starts, deep)
+        media = self._media(batch)
+        x, cache = self.decoder.hidden(x, mask, batch["positions"], cache, starts, deep=deep, media=media)
         return self.decoder.logits(x), cache

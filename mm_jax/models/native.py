@@ -24,6 +24,9 @@ class NativeViTConfig:
       table_side: a learned table of table_side x table_side positions, stretched over each picture (Qwen3-VL); 0: none.
       window: side in patches of the squares that attention stays in, except in `full_layers`; 0: it sees the whole
         frame in every layer.
+      rope_theta: base of the rotary positions; 0 for none.
+      post_norm: a norm after the last block; taps are taken before it.
+      slot_patches: patches of a slot, where each picture has a slot of its own; 0: they follow each other in a row.
       taps: give out the hidden states after these blocks too (0 is the first block), for the decoder's first layers.
     """
 
@@ -44,6 +47,8 @@ class NativeViTConfig:
     window: int = 0
     full_layers: tuple[int, ...] = ()
     taps: tuple[int, ...] = ()
+    post_norm: bool = False
+    slot_patches: int = 0
 
     @property
     def patch_dim(self) -> int:
@@ -82,7 +87,7 @@ class NativeBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, full: jax.Array | None, segment_ids: jax.Array, turned: Rotation
+        self, x: jax.Array, full: jax.Array | None, segment_ids: jax.Array, turned: Rotation | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """[B, P, D], does this layer see whole frames (None: all do) -> [B, P, D], and again for the taps."""
         c = self.config
@@ -149,10 +154,14 @@ class NativeViT(nn.Module):
             table = self.param("positions", nn.initializers.normal(0.02), shape)
             mixed = jnp.einsum("bpkd,bpk->bpd", table[table_index], table_weights.astype(table.dtype))
             x = x + mixed.astype(self.dtype)
-        turned = axial_rotation(positions, c.embed_dim // c.num_heads, c.rope_theta)
+        turned = None
+        if c.rope_theta:
+            turned = axial_rotation(positions, c.embed_dim // c.num_heads, c.rope_theta)
         full = None
         if c.window and len(c.full_layers) < c.num_layers:
             full = jnp.isin(jnp.arange(c.num_layers), jnp.asarray(c.full_layers, jnp.int32))
         layers = stack(NativeBlock, c.num_layers, 0, nn.broadcast, nn.broadcast)(c, self.dtype, name="layers")
         x, states = layers(x, full, segment_ids, turned)
+        if c.post_norm:
+            x = NORMS[c.norm](c.norm_eps, self.dtype, "norm")(x)
         return x, states[jnp.asarray(c.taps)] if c.taps else None

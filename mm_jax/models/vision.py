@@ -54,6 +54,11 @@ class ViTConfig:
     layer_scale: float | None = None
 
     @property
+    def inputs(self) -> dict[str, tuple[int, int]]:
+        """The pictures that it takes: their names in a batch, and (height, width)."""
+        return {"pixel_values": (self.height, self.width)}
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.height // self.patch_size, self.width // self.patch_size

@@ -15,6 +15,7 @@ from mm_jax.models import (
     Attention,
     AudioEncoder,
     AudioEncoderConfig,
+    BranchProjector,
     Decoder,
     DecoderConfig,
     DenseHeads,
@@ -22,6 +23,8 @@ from mm_jax.models import (
     ExpertConfig,
     Experts,
     HeadConfig,
+    HybridConfig,
+    HybridEncoder,
     MLPProjector,
     MultimodalConfig,
     MultimodalLM,
@@ -29,6 +32,8 @@ from mm_jax.models import (
     NativeViTConfig,
     ProjectorConfig,
     Resampler,
+    SamConfig,
+    SamEncoder,
     VisionTransformer,
     ViTConfig,
 )
@@ -36,6 +41,9 @@ from mm_jax.models import (
 VIT = ViTConfig(8, 8, 4, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8)
 NATIVE = NativeViTConfig(
     2, 1, 1, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8, window=2, full_layers=(1,)
+)
+SAM = SamConfig(
+    8, 2, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8, out_dim=2, window=3, full_layers=(1,)
 )
 AUDIO = AudioEncoderConfig(3, 8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8)
 DECODER = DecoderConfig(11, embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8)
@@ -68,6 +76,17 @@ CASES = {
     "Resampler": (
         Resampler(ProjectorConfig("resampler", hidden_dim=8, num_queries=2, num_heads=2), 6),
         (X, (2, 2)),
+        None,
+    ),
+    "BranchProjector": (
+        BranchProjector(ProjectorConfig("branches", branch_dims=(6, 2)), 6),
+        (X, (2, 2)),
+        None,
+    ),
+    "SamEncoder": (SamEncoder(SAM), (BATCH["pixel_values"][0],), None),
+    "HybridEncoder": (
+        HybridEncoder(HybridConfig(VIT, SAM)),
+        (BATCH["pixel_values"][0], BATCH["pixel_values"][0]),
         None,
     ),
     "DenseHeads": (DenseHeads(HeadConfig(3, 4)), (X,), "image"),

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 
 import mm_jax  # noqa: E402
 from mm_jax.checkpoint.hf import abstract_params, load_hf, save_hf  # noqa: E402
-from mm_jax.families import FAMILIES  # noqa: E402
+from mm_jax.families import FAMILIES, Names  # noqa: E402
 from tests.parity import theirs  # noqa: E402
 from tests.parity.checks import same_after_saving, same_logits  # noqa: E402
 
@@ -174,14 +174,20 @@ def test_refused_directories(tiny):
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_every_parameter_has_a_weight(kind, tmp_path):
     """The table of a family names exactly the parameters of its model."""
-    tiny_parts = {"clip_vision_model", "intern_vit_6b", "internvl_vision", "siglip_vision_model"}
+    tiny_parts = {
+        "clip_vision_model",
+        "intern_vit_6b",
+        "internvl_vision",
+        "sam_vision_model",
+        "siglip_vision_model",
+    }
     values = {"model_type": kind, "num_hidden_layers": 2, "image_size": 224}
     if kind not in tiny_parts:
         del values["image_size"]
-    if kind in ("llava", "internvl", "internvl_chat"):
+    if kind in ("deepseek_vl", "deepseek_vl_hybrid", "llava", "internvl", "internvl_chat"):
         values = {"model_type": kind}
     for names in (frozenset(), frozenset({"lm_head.weight", "language_model.lm_head.weight"})):
-        system = FAMILIES[kind].system(values, names)
+        system = FAMILIES[kind].system(values, Names(names))
         paths = [weight.path for weight in system.weights]
         assert len(paths) == len(set(paths)) and set(paths) == set(abstract_params(system.config))
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 
 import mm_jax  # noqa: E402
 from tests.parity import theirs  # noqa: E402
-from tests.parity.checks import same_after_saving, same_greedy, same_logits  # noqa: E402
+from tests.parity.checks import same_after_saving, same_gradients, same_greedy, same_logits  # noqa: E402
 
 KIND = "InternVLForConditionalGeneration"
 IMAGE = 96
@@ -63,6 +63,8 @@ def test_matches_transformers(case, tmp_path):
         same_logits(model, lm, prompts(each, ((), ())))
         same_logits(model, lm, prompts(each, ((), ((4, 3), 2))))  # one of three tiles
         same_greedy(model, lm, left)
+    if case in ("large-qwen2", "norm-internlm3"):
+        same_gradients(model, lm, right, tmp_path / "gradients")
     same_after_saving(model, lm, right, tmp_path / "out", KIND)
 
 
