@@ -59,7 +59,7 @@ def _system(values: Mapping[str, Any], names: Names) -> System:
         num_heads=width // HEAD_DIM,
         use_bias=False,
         residual=False,
-        input_map="resampler.kv_proj.weight" in names,
+        input_map=vision.embed_dim != width,
     )
     fields.finish()
     table = (*_tower_weights(vision), *_resampler(projector), *text.table("llm.model.", "llm.lm_head."))
