@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 import mm_jax
+from tests.parity.record import note
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -48,11 +49,13 @@ class Case:
         real = self["out/valid"]
         error = float(np.abs(ours - self["out/logits"])[real].max())
         assert error <= self.meta["tolerance_atol"]["logits"], error
+        note(self.lm.family, "logits", error)
         return error
 
     def check_greedy(self, batch: dict[str, np.ndarray]) -> None:
         expected = self["out/greedy"]
         assert np.array_equal(self.lm.generate(batch, expected.shape[1], ignore_eos=True), expected)
+        note(self.lm.family, "greedy", True)
 
     def check_saving(self, directory: Path) -> None:
         """Loaded as it is and saved, the file comes back bit for bit."""
@@ -63,3 +66,10 @@ class Case:
         assert before.keys() == after.keys()
         for name, value in before.items():
             assert value.dtype == after[name].dtype and (value == after[name]).all(), name
+        note(self.lm.family, "round trip", True)
+
+    def same_pixels(self, found: np.ndarray, name: str) -> None:
+        """The reference divides by 255 where we multiply."""
+        error = float(np.abs(found - self[name]).max())
+        assert found.shape == self[name].shape and error <= 1e-6, error
+        note(self.lm.family, "preprocessing", error)
