@@ -136,8 +136,7 @@ class DecoderBlock(nn.Module):
         attend = Attention(
             c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_eps, self.dtype,
             qk_norm_kind=c.norm, inner_norm=c.inner_norm, scale=c.query_scale, cap=c.attention_cap,
-            start=c.attention_start,
-            adapter_rank=c.adapter_rank, adapter_scale=c.adapter_scale, name="attention",
+            start=c.attention_start, adapter_rank=c.adapter_rank, adapter_scale=c.adapter_scale, name="attention",
         )  # fmt: skip
         if c.experts is None:
             mlp = MLP(
