@@ -151,15 +151,32 @@ class AnyRes(MediaRule):
         arrays = {"pixel_values": pixels, "image_sizes": np.array([image.shape[:2] for image in images])}
         return arrays if self.together else arrays | {"batch_num_images": np.array(groups)}
 
+    @cached_property
+    def video_rule(self) -> PixelRule:
+        settings = self.settings.video or self.settings.need("image")
+        return PixelRule.read(dict(settings) | {"do_pad": False}, self.defaults)
+
+    def videos(self, videos: Sequence[tuple[np.ndarray, float | None]]) -> Arrays:
+        """Every frame that is given; as a list of [frames, 3, H, W] where the videos have different numbers."""
+        made = [
+            np.stack([self.video_rule(frame).transpose(2, 0, 1) for frame in frames]) for frames, _ in videos
+        ]
+        same = len({len(frames) for frames in made}) == 1
+        return {"pixel_values_videos": np.stack(made) if same else made}
+
     def items(self, kind: str, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[Item]:
         name = self.names[kind][0]
         if name not in arrays:
             raise UserError(f"there is no {name}")
         pixels, side = arrays[name], self.size
-        if pixels.ndim != 5 or pixels.shape[2:] != (3, side, side):
-            what = "pictures, tiles" if kind == "image" else "videos, frames"
-            raise UserError(f"{name} has shape {list(pixels.shape)}, [{what}, 3, {side}, {side}] is needed")
-        views = rearrange(pixels, "n t c h w -> n t h w c")
+        for some in pixels:
+            if some.ndim != 4 or some.shape[1:] != (3, side, side):
+                what = "pictures, tiles" if kind == "image" else "videos, frames"
+                raise UserError(
+                    f"{name} has shape [{len(pixels)}, {', '.join(map(str, some.shape))}], [{what}, 3, {side}, {side}] "
+                    "is needed"
+                )
+        views = [rearrange(some, "t c h w -> t h w c") for some in pixels]
         if kind == "video":
             return [self._video(frames) for frames in views]
         sizes = arrays.get("image_sizes")

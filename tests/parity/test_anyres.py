@@ -192,3 +192,17 @@ def test_videos(tmp_path):
         **picture,
     }
     same_logits(model, lm, arrays)
+    frames = [np.stack([np.asarray(hosts.picture(30, 20, seed=k)) for k in range(n)]) for n in (3, 2)]
+    pillow = transformers.SiglipImageProcessorPil(
+        size={"height": TILE, "width": TILE}, image_mean=processor.image_processor.image_mean,
+        image_std=processor.image_processor.image_std,
+    )  # fmt: skip
+    ours = lm.processor.rule.videos([(video, None) for video in frames])["pixel_values_videos"]
+    for some, pixels in zip(frames, ours, strict=True):
+        assert np.array_equal(pixels, pillow(images=list(some), return_tensors="np")["pixel_values"])
+    asked = [{"type": "video", "video": frames[0]}, {"type": "text", "text": "and"},
+             {"type": "video", "video": frames[1]}]  # fmt: skip
+    prompt = lm.prompt([{"role": "user", "content": asked}])
+    assert (prompt.tokens == video).sum() == 5 * 4 + 2 and prompt.num_images == 5
+    first = np.flatnonzero(prompt.tokens == video)[: 3 * 4]
+    assert prompt.image_index[first].tolist() == [9 * frame + k for frame in range(3) for k in (0, 1, 3, 4)]
