@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import PIL.Image
 import pytest
 
@@ -15,7 +16,7 @@ import mm_jax
 from mm_jax.cli.main import main
 from mm_jax.data.messages import Box, Text
 from mm_jax.inference.generate import Generator
-from tests.tiny import user
+from tests.tiny import tiny, user
 
 
 @pytest.fixture
@@ -229,3 +230,13 @@ def test_importing_is_light():
     assert mm_jax.Text is Text
     with pytest.raises(AttributeError, match="nothing"):
         mm_jax.nothing  # noqa: B018
+
+
+def test_inspect_a_run(run: str, capsys: pytest.CaptureFixture) -> None:
+    """Parts and parameters add up, without a checkpoint being read."""
+    assert main(["inspect", run]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[0] != " ")
+    config, params, _ = tiny()
+    total = sum(x.size for x in jax.tree.leaves(params))
+    assert lines["parameters"] == f"{total:,}" and lines["run"] == "tiny" and lines["stages"] == "only"
+    assert lines["picture"].startswith(f"{config.image_tokens} tokens")
