@@ -62,7 +62,7 @@ class LanguageModel:
         self.model = MultimodalLM(config)
         if checkpoint is None:
             self.family = "mm_jax"
-            self.layout, stops = Layout.of(processor), processor.stop_ids
+            self.layout, stops = Layout.of(processor, two_way=config.two_way), processor.stop_ids
         else:
             self.family = checkpoint.family.name
             stops = checkpoint.stop_ids

@@ -327,9 +327,9 @@ def save_hf(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     flat = flatten_dict(params, sep="/")
-    parts: dict[str, list[Weight]] = {}  # a tensor of theirs may be made of several parameters
+    parts: dict[tuple, list[Weight]] = {}  # a tensor of theirs may be made of several parameters
     for weight in checkpoint.system.weights:
-        parts.setdefault(weight.name, []).append(weight)
+        parts.setdefault((weight.name, weight.first, weight.step), []).append(weight)
     entries = [e for weights in parts.values() for e in _entries(weights, flat)]
     entries += [
         Entry(name, array.dtype, array.shape, partial(np.asarray, array))

@@ -7,6 +7,7 @@ windows a row, G preference pairs a row). The features of a row are laid out
     tokens, segment_ids, positions, media_index, sources   int32 [B, S]
         segment 0 is padding, k the k-th conversation of the row; media_index -1 is text, -2 - k the model's k-th
         learned marker, else a feature's row. positions may have axes: [B, S, axes]
+    blocks              int32 [B, S]     tokens that see each other whatever their order; some families only
     loss_weights        float32 [B, S]   belongs to the prediction of the token at the same place
     pixel_values        float32 [B, N, H, W, 3];  image_segment_ids int32 [B, N] (0: unused slot)
         or, where the image encoder takes other arrays, those of `Layout.slot_arrays` with leading [B, N]; for an

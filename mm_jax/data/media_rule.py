@@ -149,6 +149,10 @@ class MediaRule:
         """Videos as frames uint8 [T, H, W, 3] and frames a second (None: unknown) to the reference's arrays."""
         raise NotImplementedError
 
+    def marked(self, input_ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """`input_ids` with the media token wherever a feature goes; for references that say it by another array."""
+        return input_ids
+
     def items(self, kind: str, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[Item]:
         """What the model gets of each picture, clip or video.
 

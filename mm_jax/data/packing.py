@@ -63,6 +63,7 @@ class Layout:
         None: the batch has none.
     names: the batch has an array of that name.
     patches: how patches stand, of models that take pictures of any size; an image slot then is one patch.
+    two_way: which tokens the array `blocks` joins, see `blocks_of`; "none": there is no such array.
     pad_id: token id of padding.
     """
 
@@ -77,6 +78,7 @@ class Layout:
     audio_labels: tuple[int, int] | None = None
     names: bool = False
     patches: PatchLayout | None = None
+    two_way: str = "none"
     pad_id: int = 0
 
     @property
@@ -91,10 +93,12 @@ class Layout:
         return slots * self.image_tokens
 
     @classmethod
-    def of(cls, processor: Any, *, targets: bool = False, names: bool = False) -> Layout:
+    def of(
+        cls, processor: Any, *, targets: bool = False, names: bool = False, two_way: str = "none"
+    ) -> Layout:
         """The layout of what `Processor.example(..., targets=targets, names=names)` makes."""
         config = processor.config
-        fields: dict[str, Any] = {"pad_id": processor.pad_id, "names": names}
+        fields: dict[str, Any] = {"pad_id": processor.pad_id, "names": names, "two_way": two_way}
         if config.image is not None:
             size = (config.image.height, config.image.width)
             fields |= {"image_tokens": config.image.num_tokens, "image_size": size}
@@ -251,10 +255,42 @@ def collate(
                 row_arrays["preference"][pair] = example.preference
             at += tokens
             segment += int(example.segments[-1])
+    if layout.two_way != "none":
+        arrays["blocks"] = blocks_of(layout.two_way, arrays)
     if batch.accumulate > 1:
         shape = (batch.accumulate, batch.rows)
         arrays = {key: array.reshape(*shape, *array.shape[1:]) for key, array in arrays.items()}
     return arrays
+
+
+def blocks_of(two_way: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which tokens see each other whatever their order: int32 [B, S], a number above 0 for those of one block.
+
+    Args:
+        two_way: "media": every run of media tokens is a block. "prefix": of each segment that starts at position 0 the
+            tokens before its first trained one, all of them where nothing is trained.
+        arrays: of a batch, with media_index; or else with segment_ids, positions and loss_weights.
+
+    >>> blocks_of("media", {"media_index": np.array([[-1, 0, 1, -1, 2, -1]])}).tolist()
+    [[0, 1, 1, 0, 2, 0]]
+    >>> segments, positions, weights = [[1, 1, 1, 2, 2, 0]], [[0, 1, 2, 0, 1, 0]], [[0, 0, 1, 0, 0, 0]]
+    >>> rows = {"segment_ids": segments, "positions": positions, "loss_weights": weights}
+    >>> blocks_of("prefix", {key: np.array(value) for key, value in rows.items()}).tolist()
+    [[1, 1, 0, 1, 1, 0]]
+    """
+    if two_way == "media":
+        media = arrays["media_index"] >= 0
+        starts = media & ~np.pad(media, ((0, 0), (1, 0)))[:, :-1]
+        return np.where(media, np.cumsum(starts, axis=1), 0).astype(np.int32)
+    segments = arrays["segment_ids"]
+    first = np.pad(segments, ((0, 0), (1, 0)))[:, :-1] != segments
+    place = np.maximum.accumulate(
+        np.where(first, np.arange(segments.shape[1]), 0), axis=1
+    )  # of the segment's first
+    trained = np.cumsum(arrays["loss_weights"] > 0, axis=1)
+    before = np.take_along_axis(np.pad(trained, ((0, 0), (1, 0))), place, axis=1)
+    whole = np.take_along_axis(arrays["positions"], place, axis=1) == 0
+    return ((segments > 0) & whole & (trained == before)).astype(np.int32)
 
 
 def _empty(count: int, batch: BatchConfig, layout: Layout) -> dict[str, np.ndarray]:

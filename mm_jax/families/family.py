@@ -45,6 +45,7 @@ class Weight:
         backwards to save.
       sizes: lengths of the axes that the pattern takes apart when it is read backwards.
       part: the part of their tensor that `pattern` then starts from; None for all of it.
+      first, step: the layers along our leading axis are first, first + step, first + 2 * step, ...
     """
 
     name: str
@@ -52,6 +53,8 @@ class Weight:
     pattern: str = ""
     sizes: tuple[tuple[str, int], ...] = ()
     part: Part | None = None
+    first: int = 0
+    step: int = 1
 
     @property
     def depth(self) -> int:
@@ -60,7 +63,10 @@ class Weight:
 
     def names(self, shape: tuple[int, ...]) -> list[str]:
         """Their tensors behind our array of `shape`."""
-        return [self.name.format(*k) for k in np.ndindex(shape[: self.depth])]
+        found = np.ndindex(shape[: self.depth])
+        return [
+            self.name.format(*(self.first + self.step * k for k in index[:1]), *index[1:]) for index in found
+        ]
 
     def ours(self, array: np.ndarray) -> np.ndarray:
         """Their array (of one layer) as ours; a view where it can be."""

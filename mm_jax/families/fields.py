@@ -22,6 +22,18 @@ HARMLESS = frozenset(
     """.split()
 )
 
+# Settings of generation and the like, which old configs repeat for every part.
+GENERATION = frozenset(
+    """
+    bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
+    forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_scores pruned_heads remove_invalid_values repetition_penalty
+    return_dict_in_generate suppress_tokens temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k
+    top_p torchscript typical_p
+    """.split()
+)
+
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -117,7 +129,7 @@ class Fields:
         """Raises UserError naming a field that nobody asked for, unless it is off or known to change nothing."""
         for name, value in self.values.items():
             off = value is None or value is False
-            if name not in self.asked and name not in HARMLESS and not off:
+            if name not in self.asked | HARMLESS | GENERATION and not off:
                 raise UserError(
                     f'{self.where} has the field "{name}" ({value!r}), which is not supported; '
                     "if it changes no numbers, remove it from the file"

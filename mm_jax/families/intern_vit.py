@@ -8,7 +8,7 @@ from typing import Any
 
 from mm_jax.families.clip import Output, common
 from mm_jax.families.family import LINEAR, Family, Part, System, Weight
-from mm_jax.families.fields import Fields
+from mm_jax.families.fields import GENERATION, Fields
 from mm_jax.models import ViTConfig
 
 SHARED = {
@@ -92,15 +92,6 @@ def original_tower(values: Mapping[str, Any], output: Output, where: str) -> ViT
     )
 
 
-GENERATION = (
-    "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size",
-    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length",
-    "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores",
-    "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
-    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torchscript",
-    "typical_p",
-)  # fmt: skip
 # what the configs of InternVL 3 say of experts that its tower does not have
 EXPERTS = (
     "capacity_factor", "eval_capacity_factor", "laux_allreduce", "moe_coeff_ratio", "moe_intermediate_size",

@@ -8,7 +8,7 @@ from typing import Any
 
 from mm_jax.families.family import LINEAR, Family, System, Text, Weight
 from mm_jax.families.fields import Fields, token_ids
-from mm_jax.models import DecoderConfig, MultimodalConfig
+from mm_jax.models import DecoderConfig, MultimodalConfig, RopeScaling
 
 DEFAULTS = {
     "vocab_size": 32_000,
@@ -41,12 +41,24 @@ def text(values: Mapping[str, Any], tied: bool, where: str) -> Text:
     return common(fields, tied, qkv_bias=bias, out_bias=bias, mlp_bias=fields("mlp_bias"))
 
 
-def common(fields: Fields, tied: bool, **options: Any) -> Text:
-    """The fields that all families of this shape share; `options` are those of `DecoderConfig`."""
+def common(
+    fields: Fields,
+    tied: bool,
+    activation: str = "hidden_act",
+    rope: tuple[float, RopeScaling | None] | None = None,
+    **options: Any,
+) -> Text:
+    """The fields that all families of this shape share.
+
+    Args:
+      activation: the name of its field.
+      rope: base and scaling; None to read them.
+      options: of `DecoderConfig`.
+    """
     heads, width, length = (
         fields(k) for k in ("num_attention_heads", "hidden_size", "max_position_embeddings")
     )
-    theta, scaling = fields.rope(length)
+    theta, scaling = rope or fields.rope(length)
     config = DecoderConfig(
         vocab_size=fields("vocab_size"),
         embed_dim=width,
@@ -55,7 +67,7 @@ def common(fields: Fields, tied: bool, **options: Any) -> Text:
         num_kv_heads=fields("num_key_value_heads") or heads,
         head_dim=fields("head_dim") or width // heads,
         mlp_dim=fields("intermediate_size"),
-        activation=fields.activation("hidden_act"),
+        activation=fields.activation(activation),
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=fields("rms_norm_eps"),
@@ -75,6 +87,8 @@ def weights(config: DecoderConfig, model: str, head: str) -> tuple[Weight, ...]:
         found = [Weight(f"{layer}{name}.weight", f"{ours}{path}/kernel", LINEAR)]
         return found + [Weight(f"{layer}{name}.bias", f"{ours}{path}/bias")] * bias
 
+    both = config.norm_place == "both"
+    before_mlp = "pre_feedforward_layernorm" if both else "post_attention_layernorm"
     table = [
         Weight(f"{model}embed_tokens.weight", "decoder/embedding/embedding"),
         Weight(f"{layer}input_layernorm.weight", f"{ours}attention_norm/scale"),
@@ -82,12 +96,17 @@ def weights(config: DecoderConfig, model: str, head: str) -> tuple[Weight, ...]:
         *linear("self_attn.k_proj", "attention/key", config.qkv_bias),
         *linear("self_attn.v_proj", "attention/value", config.qkv_bias),
         *linear("self_attn.o_proj", "attention/out", config.out_bias),
-        Weight(f"{layer}post_attention_layernorm.weight", f"{ours}mlp_norm/scale"),
+        Weight(f"{layer}{before_mlp}.weight", f"{ours}mlp_norm/scale"),
         *linear("mlp.gate_proj", "mlp/gate", config.mlp_bias),
         *linear("mlp.up_proj", "mlp/up", config.mlp_bias),
         *linear("mlp.down_proj", "mlp/down", config.mlp_bias),
         Weight(f"{model}norm.weight", "decoder/norm/scale"),
     ]
+    if both:
+        table += [
+            Weight(f"{layer}post_attention_layernorm.weight", f"{ours}attention_out_norm/scale"),
+            Weight(f"{layer}post_feedforward_layernorm.weight", f"{ours}mlp_out_norm/scale"),
+        ]
     if config.qk_norm:
         table += [
             Weight(f"{layer}self_attn.q_norm.weight", f"{ours}attention/query_norm/scale"),

@@ -8,6 +8,9 @@ from typing import Any
 from mm_jax.errors import UserError, nearest
 from mm_jax.families import (
     clip,
+    gemma,
+    gemma2,
+    gemma3_text,
     intern_vit,
     internlm2,
     internlm3,
@@ -23,6 +26,9 @@ from mm_jax.families.family import Text
 from mm_jax.models import ViTConfig
 
 DECODERS: dict[str, llama.Reader] = {
+    "gemma": gemma.text,
+    "gemma2": gemma2.text,
+    "gemma3_text": gemma3_text.text,
     "internlm2": internlm2.text,
     "internlm3": internlm3.text,
     "llama": llama.text,

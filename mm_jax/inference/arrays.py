@@ -34,6 +34,7 @@ def layout_of(
         patches=patch_layout(vision) if config.native and not vision.slot_patches else None,
         slot_arrays=_slot_arrays(config),
         position_axes=3 if config.decoder.rope_sections else 0,
+        two_way=config.two_way,
         pad_id=pad if 0 <= pad < config.decoder.vocab_size else 0,
     )
 
@@ -45,6 +46,8 @@ def _slot_arrays(config: MultimodalConfig) -> tuple[tuple[str, tuple[int, ...], 
         return ()
     if not config.native:
         several = tuple((name, (*size, 3), "float32") for name, size in vision.inputs.items())
+        if longest := config.image_projector.text_length:
+            several = (*several, ("instructions", (longest,), "int32"))
         return several if len(several) > 1 else ()
     arrays = patch_layout(vision).arrays(vision.patch_dim)
     if not vision.slot_patches:
@@ -61,7 +64,8 @@ def batch_of(
       rule: says which media arrays there are and what becomes of them.
       arrays: input_ids int [B, S]; attention_mask [B, S], 0 for padding on either side; the media arrays of the
         reference's processor, pictures and clips in the order of their tokens in the rows; position_ids [B, S], or
-        [3, B, S] for M-RoPE, in place of those that follow from the other arrays.
+        [3, B, S] for M-RoPE, in place of those that follow from the other arrays; token_type_ids [B, S] where the
+        prefix is read both ways: 0 for it, which is everything without them.
 
     Raises UserError: unknown names, shapes that disagree, tokens outside the vocabulary, or media whose tokens are not
     those in the rows.
@@ -79,12 +83,21 @@ def batch_of(
     real = np.asarray(arrays.get("attention_mask", np.ones_like(ids))).astype(bool)
     if real.shape != ids.shape:
         raise UserError(f"attention_mask has shape {list(real.shape)}, input_ids {list(ids.shape)}")
+    ids = rule.marked(ids, arrays)
     vocab = config.decoder.vocab_size
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab:
-        raise UserError(f"input_ids holds {ids.min()} to {ids.max()}, the vocabulary has 0 to {vocab - 1}")
+    words = ids[~np.isin(ids, list(rule.tokens.values()))]  # a media token may be no word of the decoder's
+    if words.size and not 0 <= words.min() <= words.max() < vocab:
+        raise UserError(
+            f"input_ids holds {words.min()} to {words.max()}, the vocabulary has 0 to {vocab - 1}"
+        )
+    answers = np.asarray(arrays.get("token_type_ids", np.zeros_like(ids))) * (config.two_way == "prefix")
     rows = [row[mask].astype(np.int32) for row, mask in zip(ids, real, strict=True)]
     media = _media_of_rows(rule, rows, arrays)
-    examples = [assemble(rule, row, items) for row, items in zip(rows, media, strict=True)]
+    weights = [row[mask].astype(np.float32) for row, mask in zip(answers, real, strict=True)]
+    examples = [
+        assemble(rule, row, items, weights=trained)
+        for row, items, trained in zip(rows, media, weights, strict=True)
+    ]
     size = BatchConfig(
         rows=len(rows),
         length=max(ids.shape[1], 1),
@@ -93,13 +106,11 @@ def batch_of(
     )
     batch = collate([[e] if e.length else [] for e in examples], size, layout, {"": 0})
     batch = {key: array for key, array in batch.items() if key not in TRAIN_KEYS}
-    for key in filter(
-        batch.__contains__, TOKEN_KEYS
-    ):  # back from the start of each row to where its tokens were
+    for key in batch.keys() & set(TOKEN_KEYS):  # back from the start of each row to where its tokens were
         packed, fill = batch[key], -1 if key == "media_index" else 0
         batch[key] = np.full((*ids.shape, *packed.shape[2:]), fill, packed.dtype)
         batch[key][real] = packed[np.sort(real, axis=1)[:, ::-1]]
-    batch["tokens"] = ids.astype(np.int32)
+    batch["tokens"] = np.where(ids < vocab, ids, 0).astype(np.int32)
     if arrays.get("position_ids") is not None:
         batch["positions"] = _positions(np.asarray(arrays["position_ids"]), batch["positions"].shape)
     return batch

@@ -73,7 +73,7 @@ def collate_prompts(
     return {key: array for key, array in batch.items() if key not in TRAIN_KEYS}
 
 
-TOKEN_KEYS = ("tokens", "segment_ids", "positions", "media_index", "media_taps", "tap_weights")
+TOKEN_KEYS = ("tokens", "segment_ids", "positions", "media_index", "media_taps", "tap_weights", "blocks")
 
 
 def left_aligned(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

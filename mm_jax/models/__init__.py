@@ -15,7 +15,14 @@ from mm_jax.models.multimodal import (
     splice,
 )
 from mm_jax.models.native import NativeViT, NativeViTConfig
-from mm_jax.models.projectors import BranchProjector, MLPProjector, ProjectorConfig, Resampler
+from mm_jax.models.projectors import (
+    BranchProjector,
+    LatentReader,
+    MLPProjector,
+    ProjectorConfig,
+    QFormer,
+    Resampler,
+)
 from mm_jax.models.rotary import RopeScaling, axial_rotation, channel_axes, rotate, rotation
 from mm_jax.models.sam import HybridConfig, HybridEncoder, SamConfig, SamEncoder
 from mm_jax.models.vision import VisionTransformer, ViTConfig
@@ -23,8 +30,8 @@ from mm_jax.models.vision import VisionTransformer, ViTConfig
 __all__ = [
     "ENCODERS", "MLP", "Attention", "AudioEncoder", "AudioEncoderConfig", "BranchProjector", "Decoder",
     "DecoderConfig", "DenseHeads", "EncoderBlock", "ExpertConfig", "Experts", "HeadConfig", "HybridConfig",
-    "HybridEncoder", "MLPProjector", "MultimodalConfig", "MultimodalLM", "NativeViT", "NativeViTConfig",
-    "ProjectorConfig", "Resampler", "RopeScaling", "SamConfig", "SamEncoder", "ViTConfig", "VisionConfig",
-    "VisionTransformer", "attention", "attention_mask", "attention_weights", "axial_rotation", "channel_axes",
-    "dummy_batch", "init_cache", "rotate", "rotation", "splice", "window_mask",
+    "HybridEncoder", "LatentReader", "MLPProjector", "MultimodalConfig", "MultimodalLM", "NativeViT",
+    "NativeViTConfig", "ProjectorConfig", "QFormer", "Resampler", "RopeScaling", "SamConfig", "SamEncoder",
+    "ViTConfig", "VisionConfig", "VisionTransformer", "attention", "attention_mask", "attention_weights",
+    "axial_rotation", "channel_axes", "dummy_batch", "init_cache", "rotate", "rotation", "splice", "window_mask",
 ]  # fmt: skip

@@ -29,6 +29,24 @@ def attention_mask(
     return None if mask is None else mask[:, None]
 
 
+def block_mask(
+    query_segment_ids: jax.Array,
+    key_segment_ids: jax.Array,
+    query_blocks: jax.Array,
+    key_blocks: jax.Array,
+) -> jax.Array:
+    """Whom tokens see besides what causal attention shows them, as bool [B, 1, T, S].
+
+    Args:
+      query_segment_ids, query_blocks: int32 [B, T]; tokens with the same block number above 0 in the same segment see
+        each other whatever their order.
+      key_segment_ids, key_blocks: int32 [B, S].
+    """
+    same = query_blocks[:, :, None] == key_blocks[:, None, :]
+    same &= query_segment_ids[:, :, None] == key_segment_ids[:, None, :]
+    return (same & (query_blocks > 0)[:, :, None])[:, None]
+
+
 def window_mask(mask: jax.Array, query_slots: jax.Array, window: jax.Array) -> jax.Array:
     """`mask` of causal attention, narrowed to the last `window` slots of each query, its own included.
 

@@ -41,6 +41,15 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
         if p.kind == "mlp":
             return 2.0 * tokens * p.hidden_dim * (merged + width)
         h = p.hidden_dim
+        if p.kind == "latent":
+            keys = positions + tokens
+            return 2.0 * (
+                positions * features * width + 2 * width**2 * (tokens + keys) + 2 * tokens * keys * width
+            )
+        if p.kind == "qformer":
+            layer = tokens * (4 * h * h + 2 * tokens * h + 2 * h * p.mlp_dim)
+            cross = tokens * (2 * h * h + 2 * positions * h) + positions * 2 * features * h
+            return 2.0 * (p.num_layers * layer + p.num_layers // p.cross_every * cross + tokens * h * width)
         reads = positions * (features * h + 2 * h * h)
         return 2.0 * (reads + tokens * (2 * h * h + 2 * positions * h + 4 * h * h + h * width))
 

@@ -1,13 +1,14 @@
 """MultimodalLM: encoders -> projectors -> splice -> decoder."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mm_jax.models.attention import attention_mask
+from mm_jax.models.attention import attention_mask, block_mask
 from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
 from mm_jax.models.decoder import Cache, Decoder, DecoderConfig, Deep
 from mm_jax.models.heads import DenseHeads, HeadConfig
@@ -32,6 +33,8 @@ class MultimodalConfig:
 
     Attributes:
       markers: learned vectors that tokens take besides media features, such as LLaVA-NeXT's newline of the picture.
+      two_way: which tokens see each other whatever their order: none; each run of "media" tokens (Gemma-3), as far as
+        the decoder's windows reach; or the whole "prefix" up to the answer (PaliGemma), beyond windows as well.
       heads: dense-target heads over the encoders, for training them; None when the encoders come trained.
       dtype: compute dtype of every part; parameters are float32.
       deep_projector: of the features that the vision tower's taps give to the decoder's first layers (DeepStack).
@@ -43,6 +46,7 @@ class MultimodalConfig:
     image_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(2, 2)))
     audio_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(8, 1)))
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    two_way: Literal["none", "media", "prefix"] = "none"
     heads: HeadConfig | None = None
     dtype: str = "float32"
     deep_projector: ProjectorConfig | None = None
@@ -124,6 +128,11 @@ def dummy_batch(config: MultimodalConfig) -> dict[str, jax.Array]:
     return batch
 
 
+def _instructions(batch: Batch) -> dict[str, jax.Array]:
+    """What a Q-Former reads beside its queries."""
+    return {"text": rearrange(batch["instructions"], "b n l -> (b n) l")} if "instructions" in batch else {}
+
+
 class MultimodalLM(nn.Module):
     """Encoders, projectors, splice and decoder as one pure function of (params, batch).
 
@@ -133,7 +142,10 @@ class MultimodalLM(nn.Module):
     the other arguments of `NativeViT` as patch_... instead of pixel_values, and gives P / merge**2 features; one with
     slot_patches takes them with slots, [B, N, P, patch_dim], and gives N * image_tokens.
     Where features are mixed, media_taps int32 and tap_weights float32 [B, S, T] say how, see `splice`.
-    Positions are [B, S, 3] for a decoder with rope_sections; [B, S] there means text alone.
+    Positions are [B, S, 3] for a decoder with rope_sections; [B, S] there means text alone. Where the image projector
+    has a text_vocab, instructions int32 [B, N, L] say what to look for in each picture; -1 is padding, on the right.
+    blocks int32 [B, S] go with `MultimodalConfig.two_way`: the tokens of a segment with the same number above 0 see
+    each other.
     """
 
     config: MultimodalConfig
@@ -205,7 +217,7 @@ class MultimodalLM(nn.Module):
         if "pixel_values" in batch:
             with jax.named_scope("image"):
                 grid = self.config.vision.feature_grid
-                projected = self.image_projector(self._image_features(batch), grid)
+                projected = self.image_projector(self._image_features(batch), grid, **_instructions(batch))
             features.append(rearrange(projected, "(b n) t d -> b (n t) d", b=rows))
         if "audio_values" in batch:
             with jax.named_scope("audio"):
@@ -264,9 +276,20 @@ class MultimodalLM(nn.Module):
         rows, length = segments.shape
         slots = jnp.broadcast_to(jnp.arange(length), (rows, length))
         mask = attention_mask(segments, segments, slots, length)
+        mask, always = self._two_way(batch, mask, segments, batch.get("blocks"))
         x, deep = self._embed(batch)
-        x, _ = self.decoder.hidden(x, mask, batch["positions"], deep=deep, media=self._media(batch))
+        media = self._media(batch)
+        x, _ = self.decoder.hidden(x, mask, batch["positions"], deep=deep, always=always, media=media)
         return self.decoder.logits(x)
+
+    def _two_way(
+        self, batch: Batch, mask: jax.Array, key_segments: jax.Array, key_blocks: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The masks for `Decoder.hidden`: within its windows, and whatever they are."""
+        if key_blocks is None:
+            return mask, None
+        together = block_mask(batch["segment_ids"], key_segments, batch["blocks"], key_blocks)
+        return (mask, together) if self.config.two_way == "prefix" else (mask | together, None)
 
     def extend(self, batch: Batch, cache: Cache, starts: jax.Array) -> tuple[jax.Array, Cache]:
         """Advance a KV cache by the tokens of a batch: prefill, the next turn of a chat, or one decoding step.
@@ -284,7 +307,13 @@ class MultimodalLM(nn.Module):
         cache = cache | {"segment_ids": write(cache["segment_ids"], segments, starts)}
         slots = starts[:, None] + jnp.arange(segments.shape[1])
         mask = attention_mask(segments, cache["segment_ids"], slots, cache["segment_ids"].shape[1])
+        blocks = batch.get("blocks")
+        if blocks is not None:  # they never reach back to tokens of an earlier call, which are seen anyway
+            blocks = write(jnp.zeros_like(cache["segment_ids"]), blocks, starts)
+        mask, always = self._two_way(batch, mask, cache["segment_ids"], blocks)
         x, deep = self._embed(batch)
         media = self._media(batch)
-        x, cache = self.decoder.hidden(x, mask, batch["positions"], cache, starts, deep=deep, media=media)
+        x, cache = self.decoder.hidden(
+            x, mask, batch["positions"], cache, starts, always=always, deep=deep, media=media
+        )
         return self.decoder.logits(x), cache

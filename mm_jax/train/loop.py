@@ -78,7 +78,10 @@ class _StageRun:
         encode = Encode.of(setup.processor, self.stage)
         self.data = TrainData(
             {name: sources[name] for name in mixture}, mixture, self.stage.batch,
-            encode, Layout.of(encode.processor, targets=encode.targets, names=encode.names),
+            encode,
+            Layout.of(
+                encode.processor, targets=encode.targets, names=encode.names, two_way=self.config.model.two_way
+            ),
             seed=self.config.seed * 1000 + list(self.config.stages).index(name), workers=self.config.workers,
             process=(jax.process_index(), jax.process_count()), strict=self.config.strict,
         )  # fmt: skip

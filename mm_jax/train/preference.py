@@ -162,7 +162,7 @@ def log_probs(setup: Setup, stage: Stage, params: dict[str, Any], found: list[Co
     """
     encode = Encode.of(setup.processor, stage)
     batch = dataclasses.replace(stage.batch, accumulate=1)
-    layout = Layout.of(encode.processor)
+    layout = Layout.of(encode.processor, two_way=setup.config.model.two_way)
     packer, rows = FirstFitPacker(batch), []
     for index, conversation in enumerate(found):
         try:

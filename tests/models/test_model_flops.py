@@ -73,9 +73,9 @@ def test_encoders():
     assert close(counted(AudioEncoder(CONFIG.audio), floats(4, 48, 80), ints(4)), flops["audio"])
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "resampler"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "resampler", "qformer", "latent"])
 def test_projectors(kind):
-    config = ProjectorConfig(kind, (2, 2), 128, num_queries=8)
+    config = ProjectorConfig(kind, (2, 2), hidden_dim=128, num_queries=8, mlp_dim=160)
     whole = MultimodalConfig(CONFIG.vision, None, config, decoder=CONFIG.decoder)
     found = counted(PROJECTORS[kind](config, 64), floats(4, 24, 64), grid=(4, 6))
     assert close(found, forward_flops(whole, Work(0, 0, images=4))["image_projector"])

@@ -25,12 +25,14 @@ from mm_jax.models import (
     HeadConfig,
     HybridConfig,
     HybridEncoder,
+    LatentReader,
     MLPProjector,
     MultimodalConfig,
     MultimodalLM,
     NativeViT,
     NativeViTConfig,
     ProjectorConfig,
+    QFormer,
     Resampler,
     SamConfig,
     SamEncoder,
@@ -80,6 +82,18 @@ CASES = {
     ),
     "BranchProjector": (
         BranchProjector(ProjectorConfig("branches", branch_dims=(6, 2)), 6),
+        (X, (2, 2)),
+        None,
+    ),
+    "QFormer": (
+        QFormer(
+            ProjectorConfig("qformer", hidden_dim=8, num_queries=2, num_heads=2, num_layers=2, mlp_dim=8), 6
+        ),
+        (X, (2, 2)),
+        None,
+    ),
+    "LatentReader": (
+        LatentReader(ProjectorConfig("latent", num_queries=2, num_heads=2), 6),
         (X, (2, 2)),
         None,
     ),

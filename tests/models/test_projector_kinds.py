@@ -24,6 +24,8 @@ def run(module, params, *inputs):
         (ProjectorConfig("mlp", (8, 1), hidden_dim=8), (80, 1), 10),
         (ProjectorConfig("resampler", hidden_dim=8, num_queries=5, num_heads=2), (8, 6), 5),
         (ProjectorConfig("resampler", (2, 2), hidden_dim=8, num_queries=7, num_heads=2), (80, 1), 7),
+        (ProjectorConfig("qformer", hidden_dim=8, num_queries=3, num_heads=2, mlp_dim=8), (8, 6), 3),
+        (ProjectorConfig("latent", num_queries=4, num_heads=2), (80, 1), 4),
     ],
 )
 def test_num_tokens_is_what_comes_out(config, grid, tokens):
@@ -133,6 +135,38 @@ def test_resampler_knows_where_a_feature_is():
     blind = {"kernel": np.zeros_like(key["kernel"]), "bias": key["bias"]}
     params = {**params, "attention": {**params["attention"], "key": blind}}
     np.testing.assert_allclose(run(module, params, x, (2, 3)), run(module, params, turned, (2, 3)), atol=1e-5)
+
+
+READERS = {
+    "qformer": ProjectorConfig("qformer", hidden_dim=16, num_queries=3, num_heads=2, mlp_dim=24, text_vocab=9,
+                               text_length=5),
+    "latent": ProjectorConfig("latent", num_queries=3, num_heads=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_readers_ignore_masked_features(kind):
+    """Real features move the tokens, those under the mask do not; an order of them there is not."""
+    x, module = features(), PROJECTORS[kind](READERS[kind], 8)
+    params = reference.draw(module, x, (6, 1))
+    mask = np.array([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]], bool)
+    expected = run(module, params, x, (6, 1), mask)
+    garbage = np.where(mask[..., None], x, 100 * x[:, ::-1])
+    np.testing.assert_array_equal(run(module, params, garbage, (6, 1), mask), expected)
+    seen = x.copy()
+    seen[:, 2] *= -1
+    assert np.abs(run(module, params, seen, (6, 1), mask) - expected).max((1, 2)).min() > 1e-3
+
+
+def test_instructions_end_where_their_padding_begins():
+    x, module = features(), PROJECTORS["qformer"](READERS["qformer"], 8)
+    params = reference.draw(module, x, (6, 1))
+    mask = np.ones((2, 6), bool)
+    short = run(module, params, x, (6, 1), mask, np.array([[4, 7], [4, 7]]))
+    long = run(module, params, x, (6, 1), mask, np.array([[4, 7, -1, -1], [4, 7, 2, -1]]))
+    np.testing.assert_allclose(long[0], short[0], atol=5e-5)
+    assert np.abs(long[1] - short[1]).max() > 1e-3
+    assert np.abs(run(module, params, x, (6, 1), mask) - short).max() > 1e-3
 
 
 def test_sincos_2d_by_literal_example():

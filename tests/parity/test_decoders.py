@@ -73,12 +73,31 @@ CASES = {
         "OPT",
         OPT | dict(enable_bias=False, layer_norm_elementwise_affine=False, tie_word_embeddings=False),
     ),
+    "gemma": ("Gemma", dict(head_dim=12, hidden_act="gelu")),
+    "gemma2": (
+        "Gemma2",
+        dict(head_dim=12, sliding_window=4, query_pre_attn_scalar=7, attn_logit_softcapping=0.7,
+             final_logit_softcapping=1.5, attention_bias=True),
+    ),
+    "gemma2-no-caps": (
+        "Gemma2",
+        dict(head_dim=8, layer_types=["full_attention", "sliding_attention"], sliding_window=3,
+             attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=False),
+    ),
+    "gemma3_text": (
+        "Gemma3Text",
+        dict(head_dim=12, sliding_window=4, query_pre_attn_scalar=7, final_logit_softcapping=2.0,
+             layer_types=["sliding_attention", "full_attention"]),
+    ),
     "opt-no-final-norm": ("OPT", OPT | dict(_remove_final_layer_norm=True)),
 }  # fmt: skip
 
 
 # what touches positions, masks or the cache
-GREEDY = ("llama", "llama-dynamic", "llama-yarn-options", "mistral-window", "qwen2-window", "qwen3", "opt")
+GREEDY = (
+    "llama", "llama-dynamic", "llama-yarn-options", "mistral-window", "qwen2-window", "qwen3", "opt", "gemma2",
+    "gemma3_text",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -88,7 +107,7 @@ def test_matches_transformers(case, tmp_path):
     config = getattr(transformers, f"{name}Config")(**theirs.TEXT | options)
     model = theirs.build(config, tmp_path / "in")
     lm = mm_jax.load(tmp_path / "in")
-    assert lm.family == name.lower() and lm.config.dtype == "float32"
+    assert lm.family == model.config.model_type and lm.config.dtype == "float32"
     left, right = theirs.rows(97, pad_left=True), theirs.rows(97)
     same_logits(model, lm, left)
     same_logits(model, lm, right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -28,10 +29,18 @@ VISION = dict(hidden_size=24, intermediate_size=36, num_hidden_layers=3, num_att
 torch.set_num_threads(1)
 
 
-def build(config, directory: Path, kind: str = "AutoModelForCausalLM", dtype: str = "float32", **save):
+def build(
+    config,
+    directory: Path,
+    kind: str = "AutoModelForCausalLM",
+    dtype: str = "float32",
+    scales: dict[str, float] | None = None,
+    **save,
+):
     """A model of the class with random weights, saved; none is at its first value, so none can be left out.
 
-    Matrices are scaled so that logits have about unit scale.
+    Matrices are scaled so that logits have about unit scale. `scales` are further factors on those whose names hold a
+    string: without them some parts would hardly be seen in the logits.
     """
     model = getattr(transformers, kind)
     model = model.from_config(config) if kind.startswith("Auto") else model(config)
@@ -44,7 +53,8 @@ def build(config, directory: Path, kind: str = "AutoModelForCausalLM", dtype: st
             elif value.ndim == 1:
                 value.copy_(0.2 * noise)
             else:
-                value.copy_(0.15 * noise)
+                more = [factor for part, factor in (scales or {}).items() if part in name]
+                value.copy_(0.15 * math.prod(more) * noise)
     model = model.to(getattr(torch, dtype)).eval()
     model.save_pretrained(directory, **save)
     # a model turned into half precision has rounded its rotary table too, one that is loaded has not
