@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,20 @@ import jax
 import numpy as np
 
 from mm_jax.checkpoint.hf import HFCheckpoint, is_hf, load_hf, save_hf
-from mm_jax.data.example import Example
+from mm_jax.data.example import TAPS, Example
 from mm_jax.data.messages import Audio, Conversation, Image, Message, Part, Text, messages_from_json
 from mm_jax.data.packing import Layout
 from mm_jax.data.pretrained import PretrainedProcessor
 from mm_jax.errors import UserError
 from mm_jax.inference.arrays import batch_of, layout_of
-from mm_jax.inference.batch import collate_prompts
-from mm_jax.inference.generate import Generator, answer_ids
+from mm_jax.inference.batch import collate_prompts, count_bucket
+from mm_jax.inference.engine import Engine
+from mm_jax.inference.programs import Programs
+from mm_jax.inference.prompt import Medium, Prompt, prompt_of, prompts_of
+from mm_jax.inference.request import Request
 from mm_jax.inference.sampling import Sampling
 from mm_jax.inference.session import ChatSession
-from mm_jax.inference.text import render
+from mm_jax.inference.text import answer_ids, render
 from mm_jax.models import MultimodalConfig, MultimodalLM
 from mm_jax.parallel.rules import Rules, place
 from mm_jax.tower import Tower
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from mm_jax.data.processor import Processor
 
 Messages = Sequence[dict | Message]
+
+ROWS = 64  # answered at a time; further ones wait for a row
 
 
 class LanguageModel:
@@ -41,7 +46,9 @@ class LanguageModel:
       params: plain nested dict of arrays.
       processor: messages to arrays and back.
       checkpoint: the Hugging Face checkpoint that it was loaded from, or None.
-      generator: the compiled prefill and decode programs.
+      stop_ids: the tokens that end an answer.
+      max_length: most tokens of prompt and answer together.
+      programs: the compiled programs that all engines of the model share.
 
     Args:
       processor, checkpoint: one of the two is needed.
@@ -62,12 +69,17 @@ class LanguageModel:
         self.model = MultimodalLM(config)
         if checkpoint is None:
             self.family = "mm_jax"
-            self.layout, stops = Layout.of(processor, two_way=config.two_way), processor.stop_ids
+            self.layout = Layout.of(processor, two_way=config.two_way)
+            self.stop_ids = tuple(processor.stop_ids)
         else:
             self.family = checkpoint.family.name
-            stops = checkpoint.stop_ids
-            self.layout = layout_of(config, checkpoint.system.text.pad_id, stops, checkpoint.rule.taps)
-        self.generator = Generator(self.model, params, self.layout, stops, max_length=max_length)
+            self.stop_ids = tuple(checkpoint.stop_ids)
+            pad = checkpoint.system.text.pad_id
+            self.layout = layout_of(config, pad, self.stop_ids, checkpoint.rule.taps)
+        self.max_length = max_length
+        taps = TAPS if self.layout.taps else 0
+        two_way = self.layout.two_way != "none"
+        self.programs = Programs(self.model, params, self.stop_ids, self.layout.pad_id, taps, two_way)
 
     @property
     def processor(self) -> Processor | PretrainedProcessor:
@@ -187,17 +199,64 @@ class LanguageModel:
         UserError for settings out of range and for prompts over the length limit.
         """
         sampling = sampling or Sampling(temperature, top_k, top_p, seed)
-        return self.generator.generate(batch, max_new_tokens, sampling, ignore_eos=ignore_eos)
+        prompts = prompts_of(batch, self.layout)
+        answers = self._answers(
+            Request(prompt, setting, max_new_tokens, ignore_eos)
+            for prompt, setting in zip(prompts, sampling.rows(len(prompts)), strict=True)
+        )
+        ids = np.full((len(answers), max(len(row) for row in answers)), self.layout.pad_id, np.int32)
+        for row, tokens in zip(ids, answers, strict=True):
+            row[: len(tokens)] = tokens
+        return ids
+
+    def _answers(self, requests: Iterable[Request]) -> list[list[int]]:
+        """The new ids of each request, stop ids included."""
+        requests = list(requests)
+        engine = self.engine(min(count_bucket(len(requests)), ROWS))
+        answers = [engine.submit(request) for request in requests]
+        while engine.busy:
+            engine.step()
+        return [answer.tokens for answer in answers]
+
+    def engine(self, slots: int = 8, **options: Any) -> Engine:
+        """A new engine of the model's programs: many answers at once; see `Engine` for the options."""
+        options = {"max_length": self.max_length, **options}
+        if self.layout.two_way != "none":  # tokens that see each other are read together
+            options["chunk"] = options["max_length"]
+        return Engine(self.programs, slots=slots, **options)
+
+    def read(self, example: Example) -> Prompt:
+        """What `prompt` makes, as the engine takes it."""
+        return prompt_of(example, self.layout)
+
+    def sample_media(self) -> list[Medium]:
+        """One medium of every kind, to compile the encoders with."""
+        layout, media = self.layout, []
+        if (
+            self.config.vision is not None and layout.patches is None
+        ):  # with patches every size is another kind
+            arrays = {name: np.zeros((1, *shape), dtype) for name, shape, dtype in layout.image_arrays}
+            arrays |= {name: array + 1 for name, array in arrays.items() if name.endswith("segment_ids")}
+            media.append(Medium(arrays, layout.image_features(1)))
+        if self.config.audio is not None:
+            values = np.zeros((1, *layout.audio_size), np.float32)
+            arrays = {"audio_values": values, "audio_frames": np.ones(1, np.int32)}
+            media.append(Medium(arrays, layout.audio_tokens))
+        return media
 
     def answer(
         self, messages: Sequence[Messages], max_new_tokens: int = 64, sampling: Sampling | None = None
     ) -> list[list[Part]]:
         """Answers to several conversations at once, as parts; boxes in original pixels."""
         examples = [self.prompt(row) for row in messages]
-        ids = self.generator.generate(collate_prompts(examples, self.layout), max_new_tokens, sampling)
+        settings = (sampling or Sampling()).rows(len(examples))
+        answers = self._answers(
+            Request(self.read(example), setting, max_new_tokens)
+            for example, setting in zip(examples, settings, strict=True)
+        )
         return [
-            list(self.processor.parts(answer_ids(row, self.generator.stop_ids), example.transforms))
-            for row, example in zip(ids, examples, strict=True)
+            list(self.processor.parts(answer_ids(tokens, self.stop_ids), example.transforms))
+            for tokens, example in zip(answers, examples, strict=True)
         ]
 
     def chat(self, messages: Messages, max_new_tokens: int = 64, sampling: Sampling | None = None) -> str:

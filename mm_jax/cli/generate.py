@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mm_jax.cli.parser import Parser, add_sampling
@@ -95,34 +95,45 @@ def write_answers(
     from tqdm import tqdm
 
     from mm_jax.data.messages import Box
-    from mm_jax.inference.batch import collate_prompts
-    from mm_jax.inference.generate import answer_ids
-    from mm_jax.inference.text import render
+    from mm_jax.inference.request import Request
+    from mm_jax.inference.text import answer_ids, render
 
-    failures = []
+    engine = lm.engine(rows)
+    failures: list[str] = []
+    lines: dict[int, dict] = {}
+    examples: dict[int, Any] = {}
+
+    def requests() -> Iterator[Request]:
+        for k, (name, messages) in enumerate(prompts):
+            try:
+                example = lm.prompt(messages)
+                engine.check_length(example.length, max_new_tokens)
+            except UserError as error:
+                lines[k] = {"id": name, "error": str(error)}
+                failures.append(f'"{name}": {error}' if name else str(error))
+                continue
+            examples[k] = example
+            yield Request(lm.read(example), sampling, max_new_tokens, tag=k)
+
+    written = 0
+
+    def write() -> None:
+        """What is ready and has nothing unready before it."""
+        nonlocal written
+        while written in lines:
+            line = {key: value for key, value in lines.pop(written).items() if key != "id" or value}
+            if "error" not in line or len(prompts) > 1:
+                print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
+            written += 1
+            bar.update()
+
     with tqdm(total=len(prompts), desc="answers", disable=None if len(prompts) > 1 else True) as bar:
-        for start in range(0, len(prompts), rows):
-            chunk = prompts[start : start + rows]
-            usable, lines = {}, {}
-            for k, (name, messages) in enumerate(chunk):
-                try:
-                    example = lm.prompt(messages)
-                    lm.generator.check_length(example.length, max_new_tokens)
-                    usable[k] = example
-                except UserError as error:
-                    lines[k] = {"id": name, "error": str(error)}
-                    failures.append(f'"{name}": {error}' if name else str(error))
-            if usable:
-                batch = collate_prompts(list(usable.values()), lm.layout)
-                ids = lm.generator.generate(batch, max_new_tokens, sampling)
-                for (k, example), row in zip(usable.items(), ids, strict=True):
-                    parts = lm.processor.parts(answer_ids(row, lm.generator.stop_ids), example.transforms)
-                    lines[k] = {"id": chunk[k][0], "text": render(parts)}
-                    if boxes := [{"box": list(p.box), "image": p.image} for p in parts if isinstance(p, Box)]:
-                        lines[k]["boxes"] = boxes
-            for k in range(len(chunk)):
-                line = {key: value for key, value in lines[k].items() if key != "id" or value}
-                if "error" not in line or len(prompts) > 1:
-                    print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
-            bar.update(len(chunk))
+        for answer in engine.run(requests()):
+            k = answer.request.tag
+            parts = lm.processor.parts(answer_ids(answer.tokens, lm.stop_ids), examples.pop(k).transforms)
+            lines[k] = {"id": prompts[k][0], "text": render(parts)}
+            if boxes := [{"box": list(p.box), "image": p.image} for p in parts if isinstance(p, Box)]:
+                lines[k]["boxes"] = boxes
+            write()
+        write()
     return failures

@@ -1,8 +1,9 @@
-"""Questions of held-out conversations, asked in batches of fixed shape, with and without the media."""
+"""Questions of held-out conversations, asked many at a time, with and without the media."""
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,12 +17,12 @@ from mm_jax.data.messages import Audio, Box, Conversation, Image, Message, Part,
 from mm_jax.data.sources import Source
 from mm_jax.errors import UserError
 from mm_jax.evaluate.metrics import Scored, is_right, markdown, summary
-from mm_jax.inference.batch import collate_prompts, length_bucket
-from mm_jax.inference.generate import answer_ids
-from mm_jax.inference.text import render
+from mm_jax.inference.request import Request
+from mm_jax.inference.text import answer_ids, render
 
 if TYPE_CHECKING:
     from mm_jax.data.example import Example
+    from mm_jax.data.image import Transform
     from mm_jax.lm import LanguageModel
 
 
@@ -116,10 +117,9 @@ def ask(
     """Greedy answers to all questions, and those of the same model with its pictures and clips blanked.
 
     Blanked pictures are mean grey and blanked clips are constant, both all zeros; their tokens stay.
-    Questions of the same task are batched together, so that short answers do not wait for captions.
 
     Args:
-      rows: of a batch; the last one of a kind is padded to it.
+      rows: questions under way at the same time.
       progress: show a bar; None: where stderr is a terminal.
 
     Returns:
@@ -127,83 +127,56 @@ def ask(
 
     Raises UserError for a question over the length limit.
     """
-
-    def kind(i: int) -> tuple:
-        parts = [part for message in questions[i].prompt for part in message.parts]
-        images = sum(isinstance(part, Image) for part in parts)
-        return images, sum(isinstance(part, Audio) for part in parts), questions[i].task, questions[i].source
-
-    order = sorted(range(len(questions)), key=lambda i: (kind(i), i))
-    batches: list[list[int]] = []
-    for i in order:
-        last = batches[-1] if batches else []
-        if last and len(last) < rows and kind(last[0])[:2] == kind(i)[:2]:
-            last.append(i)
-        else:
-            batches.append([i])
+    # two sizes: compiling more costs more than padding
+    engine = lm.engine(rows, pieces=sorted({max(rows // 4, 1), rows}))
     said: list[Answer | None] = [None] * len(questions)
     blanked: list[Answer | None] | None = [None] * len(questions) if blank else None
-    shapes = _Shapes(lm, rows, max_new_tokens)
-    bar = tqdm(total=len(questions), desc="questions", disable=None if progress is None else not progress)
+    transforms: dict[int, list[Transform]] = {}
+    mute: set[int] = set()  # questions without media: blanking changes nothing
+
+    def requests(pool: ThreadPoolExecutor) -> Iterator[Request]:
+        for i, example in enumerate(_ahead(pool, lm, questions)):
+            transforms[i] = example.transforms
+            media = example.num_images + example.num_audio > 0
+            if not media:
+                mute.add(i)
+            yield Request(lm.read(example), max_new_tokens=max_new_tokens, tag=(said, i))
+            if blanked is not None and media:
+                zeros = {
+                    name: np.zeros_like(getattr(example, name)) for name in ("pixel_values", "audio_values")
+                }
+                request = lm.read(replace(example, **zeros))
+                yield Request(request, max_new_tokens=max_new_tokens, tag=(blanked, i))
+
+    total = len(questions) * (2 if blank else 1)
+    bar = tqdm(total=total, desc="answers", disable=None if progress is None else not progress)
     with bar, ThreadPoolExecutor(1) as pool:
-        for index, examples in _ahead(pool, lm, questions, batches):
-            batch = shapes.collate(examples)
-            answers = shapes.answer(batch, examples)
-            for i, ids, example in zip(index, answers, examples, strict=True):
-                said[i] = _answer(lm, questions[i], ids, example)
-            if blanked is not None:
-                if "pixel_values" in batch or "audio_values" in batch:
-                    zeros = {
-                        k: np.zeros_like(batch[k]) for k in ("pixel_values", "audio_values") if k in batch
-                    }
-                    answers = shapes.answer(batch | zeros, examples)
-                for i, ids, example in zip(index, answers, examples, strict=True):
-                    blanked[i] = _answer(lm, questions[i], ids, example)
-            bar.update(len(index))
+        for answer in engine.run(requests(pool)):
+            found, i = answer.request.tag
+            found[i] = _answer(lm, questions[i], answer_ids(answer.tokens, lm.stop_ids), transforms[i])
+            bar.update()
+            if blanked is not None and found is said and i in mute:
+                blanked[i] = said[i]
+                bar.update()
     return said, blanked
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, lm: LanguageModel, questions: Sequence[Question], batches: list[list[int]]
-) -> Iterator[tuple[list[int], list[Example]]]:
-    """Batches of examples; the next one is read while the model works on this one."""
-
-    def encode(index: list[int]) -> list[Example]:
-        return [replace(lm.prompt(questions[i].prompt), source="") for i in index]
-
-    waiting = pool.submit(encode, batches[0]) if batches else None
-    for k, index in enumerate(batches):
-        examples = waiting.result()
-        waiting = pool.submit(encode, batches[k + 1]) if k + 1 < len(batches) else None
-        yield index, examples
+    pool: ThreadPoolExecutor, lm: LanguageModel, questions: Sequence[Question], ahead: int = 16
+) -> Iterator[Example]:
+    """The examples of questions; the next ones are read while the model works."""
+    waiting: deque = deque()
+    for question in questions:
+        waiting.append(pool.submit(lm.prompt, question.prompt))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
-def _answer(lm: LanguageModel, question: Question, ids: list[int], example: Example) -> Answer:
-    sizes = tuple(transform.original for transform in example.transforms)
-    return Answer(question, tuple(ids), tuple(lm.processor.parts(ids, example.transforms)), sizes)
-
-
-class _Shapes:
-    """Keeps shapes from changing between batches: what one batch needed the next of its kind gets too."""
-
-    def __init__(self, lm: LanguageModel, rows: int, new_tokens: int):
-        self.generator, self.rows, self.new_tokens = lm.generator, rows, new_tokens
-        self.lengths: dict[tuple[int, int], int] = {}
-        self.cache_length = 0
-
-    def collate(self, examples: list[Example]) -> dict[str, np.ndarray]:
-        longest = max(example.length for example in examples)
-        self.generator.check_length(longest, self.new_tokens)
-        kind = max(e.num_images for e in examples), max(e.num_audio for e in examples)
-        self.lengths[kind] = max(self.lengths.get(kind, 0), longest)
-        self.cache_length = max(self.cache_length, length_bucket(longest) + self.new_tokens)
-        layout = self.generator.layout
-        return collate_prompts(examples, layout, rows=self.rows, length=self.lengths[kind])
-
-    def answer(self, batch: dict[str, np.ndarray], examples: list[Example]) -> list[list[int]]:
-        generator = self.generator
-        output = generator.generate(batch, self.new_tokens, cache_length=self.cache_length)
-        return [answer_ids(row, generator.stop_ids) for row in output[: len(examples)]]
+def _answer(lm: LanguageModel, question: Question, ids: list[int], transforms: list[Transform]) -> Answer:
+    sizes = tuple(transform.original for transform in transforms)
+    return Answer(question, tuple(ids), tuple(lm.processor.parts(ids, transforms)), sizes)
 
 
 def score(answers: Sequence[Answer], blanked: Sequence[Answer] | None) -> dict[str, Any]:

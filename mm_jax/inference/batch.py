@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -44,103 +43,20 @@ def slot_bucket(count: int, layout: Layout) -> int:
     return -(-blocks // step) * step * layout.patches.block
 
 
-def collate_prompts(
-    examples: Sequence[Example],
-    layout: Layout,
-    *,
-    rows: int | None = None,
-    length: int = 0,
-    images: int = 0,
-    audio: int = 0,
-) -> dict[str, np.ndarray]:
-    """One example a row, right-padded.
-
-    Args:
-      rows: rows of the batch; those after the examples are all padding. None for as many as examples.
-      length, images, audio: sizes wanted at least; rounded up to the listed ones.
+def collate_prompts(examples: Sequence[Example], layout: Layout) -> dict[str, np.ndarray]:
+    """One example a row, right-padded; length and media slots are rounded up to listed sizes.
 
     Returns:
       The batch of `mm_jax.data.example` without loss weights; media arrays are absent where no row has media.
     """
     size = BatchConfig(
-        rows=rows or len(examples),
-        length=length_bucket(max([length, *(e.length for e in examples)])),
-        images=slot_bucket(max([images, *(e.num_images for e in examples)]), layout),
-        audio=count_bucket(max([audio, *(e.num_audio for e in examples)])),
+        rows=len(examples),
+        length=length_bucket(max(e.length for e in examples)),
+        images=slot_bucket(max(e.num_images for e in examples), layout),
+        audio=count_bucket(max(e.num_audio for e in examples)),
     )
-    filled = [[e] for e in examples] + [[] for _ in range(size.rows - len(examples))]
-    batch = collate(filled, size, layout, {e.source: 0 for e in examples})
+    batch = collate([[e] for e in examples], size, layout, {e.source: 0 for e in examples})
     return {key: array for key, array in batch.items() if key not in TRAIN_KEYS}
 
 
 TOKEN_KEYS = ("tokens", "segment_ids", "positions", "media_index", "media_taps", "tap_weights", "blocks")
-
-
-def left_aligned(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The batch with the padding of each row moved behind its tokens."""
-    order = np.argsort(np.asarray(batch["segment_ids"]) == 0, axis=1, kind="stable")
-    rows = np.arange(len(order))[:, None]
-    return {**batch, **{key: np.asarray(batch[key])[rows, order] for key in TOKEN_KEYS if key in batch}}
-
-
-def pad_batch(batch: dict[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
-    """A batch of one conversation a row with rows, length and media slots rounded up to listed sizes."""
-    batch = {key: np.asarray(value) for key, value in batch.items() if key not in TRAIN_KEYS}
-    rows, length = batch["tokens"].shape
-    pictures = {name for name, _, _ in layout.image_arrays} | {"image_segment_ids"}
-    images = max((batch[name].shape[1] for name in pictures if name in batch), default=0)
-    features = layout.image_features(images)
-    shift = layout.image_features(slot_bucket(images, layout)) - features
-    index = batch["media_index"]
-    # clips come after the picture slots, so more slots move them
-    batch["media_index"] = np.where(index >= features, index + shift, index)
-    fills = {"tokens": layout.pad_id, "media_index": -1}
-    padded = {}
-    for key, array in batch.items():
-        if key in TOKEN_KEYS:
-            second = length_bucket(length)
-        else:
-            second = slot_bucket(images, layout) if key in pictures else count_bucket(array.shape[1])
-        widths = [(0, count_bucket(rows) - rows), (0, second - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
-        padded[key] = np.pad(array, widths, constant_values=fills.get(key, 0))
-    return padded
-
-
-def tail_of(example: Example, start: int, layout: Layout) -> Example:
-    """The tokens of an example from `start` on, with only the media that they use.
-
-    Used to go on from a KV cache that already holds the first `start` tokens.
-    """
-
-    def used(index: np.ndarray, tokens: int, merge: int, arrays: dict[str, np.ndarray]) -> tuple:
-        taken = index[index >= 0]
-        count = len(next(iter(arrays.values())))
-        first = int(taken.min()) * merge // tokens if len(taken) else count
-        for name, array in arrays.items():
-            if name.endswith("segment_ids") and first < count:  # slots of one picture see each other
-                first = int(np.flatnonzero(array == array[first])[0])
-        moved = np.where(index >= 0, index - first * tokens // merge, index)
-        return moved, {name: array[first:] for name, array in arrays.items()}
-
-    image_index, pictures = used(
-        example.image_index[start:],
-        layout.image_tokens if layout.patches is None else 1,
-        1 if layout.patches is None else layout.patches.merge**2,
-        example.image_arrays,
-    )
-    clips = {"values": example.audio_values, "frames": example.audio_frames}
-    audio_index, clips = used(example.audio_index[start:], layout.audio_tokens, 1, clips)
-    return dataclasses.replace(
-        example,
-        tokens=example.tokens[start:],
-        loss_weights=example.loss_weights[start:],
-        segments=example.segments[start:],
-        positions=example.positions[start:],
-        taps=None if example.taps is None else tuple(array[start:] for array in example.taps),
-        image_index=image_index,
-        audio_index=audio_index,
-        pixel_values=pictures.get("pixel_values", example.pixel_values),
-        slots=pictures if example.slots else {},
-        audio_values=clips["values"],
-        audio_frames=clips["frames"],
-    )

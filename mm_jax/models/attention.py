@@ -59,6 +59,18 @@ def window_mask(mask: jax.Array, query_slots: jax.Array, window: jax.Array) -> j
     return mask & ((distance < window) | (window == 0))
 
 
+def write_slots(old: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
+    """A cache [B, L, ...] with `new` [B, T, ...] from slot starts[b] (int32 [B]) on.
+
+    Several tokens must fit into the cache; a single one whose slot lies outside is dropped.
+    """
+    new = new.astype(old.dtype)
+    if new.shape[1] == 1:
+        return old.at[jnp.arange(old.shape[0]), starts].set(new[:, 0], mode="drop")
+    write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
+    return write(old, new, starts)
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -85,8 +85,8 @@ class DecoderConfig:
 
 
 Cache = dict[str, jax.Array]
-# Features [K, B, P, D] for the first K layers, and int32 [B, T], which of them a position takes, -1 for none: DeepStack
-# (Meng et al. 2024).
+# Features [K, B, P, D], or [K, P, D] for all rows, for the first K layers, and int32 [B, T], which of them a position
+# takes, -1 for none: DeepStack (Meng et al. 2024).
 Deep = tuple[jax.Array, jax.Array]
 
 
@@ -159,13 +159,21 @@ class DecoderBlock(nn.Module):
         return (x if deep is None else _deepened(x, number, deep)), cache
 
 
+def take_features(features: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of features [B, P, D] or, for all rows, [P, D] at int32 [B, T]: [B, T, D]; -1 gives the first."""
+    index = jnp.maximum(index, 0)
+    if features.ndim == 2:
+        return features[index]
+    return jnp.take_along_axis(features, index[..., None], axis=1)
+
+
 def _deepened(x: jax.Array, number: jax.Array, deep: Deep) -> jax.Array:
     """The output of layer `number`, with the features that are meant for it."""
     features, index = deep
     count = len(features)
 
     def add(x: jax.Array) -> jax.Array:
-        taken = jnp.take_along_axis(features[jnp.minimum(number, count - 1)], index[..., None], axis=1)
+        taken = take_features(features[jnp.minimum(number, count - 1)], index)
         return x + jnp.where(index[..., None] >= 0, taken, 0).astype(x.dtype)
 
     return jax.lax.cond(number < count, add, lambda x: x, x)

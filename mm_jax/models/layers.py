@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from mm_jax.models.attention import attention, attention_weights
+from mm_jax.models.attention import attention, attention_weights, write_slots
 from mm_jax.models.rotary import Rotation, rotate
 
 UNROLLED_ON_CPU = 8  # layers
@@ -240,9 +240,8 @@ class Attention(nn.Module):
         if turned is not None:
             query, key = rotate(query, turned), rotate(key, turned)
         if cache is not None:
-            write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
-            key = write(cache[0], key.astype(cache[0].dtype), starts)
-            value = write(cache[1], value.astype(cache[1].dtype), starts)
+            key = write_slots(cache[0], key, starts)
+            value = write_slots(cache[1], value, starts)
             cache = key, value
         if self.is_mutable_collection("intermediates"):
             weights = attention_weights(query, key, mask, self.scale, self.cap)

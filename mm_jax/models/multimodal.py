@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mm_jax.models.attention import attention_mask, block_mask
+from mm_jax.models.attention import attention_mask, block_mask, write_slots
 from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
-from mm_jax.models.decoder import Cache, Decoder, DecoderConfig, Deep
+from mm_jax.models.decoder import Cache, Decoder, DecoderConfig, Deep, take_features
 from mm_jax.models.heads import DenseHeads, HeadConfig
 from mm_jax.models.native import NativeViT, NativeViTConfig
 from mm_jax.models.projectors import PROJECTORS, ProjectorConfig
@@ -68,6 +68,12 @@ class MultimodalConfig:
         return self.image_projector.num_tokens(self.vision.feature_grid)
 
     @property
+    def feature_dim(self) -> int:
+        """Channels of a media feature, those for the decoder's first layers included."""
+        deep = 0 if self.deep_projector is None else len(self.vision.taps)
+        return (1 + deep) * self.decoder.embed_dim
+
+    @property
     def audio_tokens(self) -> int:
         """Pseudo-tokens of one audio slot."""
         return 0 if self.audio is None else self.audio_projector.num_tokens((self.audio.num_positions, 1))
@@ -84,22 +90,19 @@ def splice(
 
     Args:
       embeddings: [B, S, D].
-      features: [B, P, D], the projected features of a row, images first.
+      features: [B, P, D], the projected features of a row, images first; or [P, D] that all rows share.
       media_index: int32 [B, S], the feature a position takes, -1 for text, -2 - k for the k-th marker.
       markers: [K, D].
       taps: int32 and float [B, S, T]: a position takes a mixture of T features, at these distances from media_index,
         with these weights. So a grid of features is stretched bilinearly.
     """
-
-    def take(index: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
-
     if taps is None:
-        taken = take(media_index)
+        taken = take_features(features, media_index)
     else:
         distances, weights = taps[0], taps[1].astype(features.dtype)
         taken = sum(
-            take(media_index + distances[..., k]) * weights[..., k, None] for k in range(weights.shape[-1])
+            take_features(features, media_index + distances[..., k]) * weights[..., k, None]
+            for k in range(weights.shape[-1])
         )
     out = jnp.where((media_index >= 0)[..., None], taken, embeddings)
     if markers is not None:
@@ -142,6 +145,7 @@ class MultimodalLM(nn.Module):
     the other arguments of `NativeViT` as patch_... instead of pixel_values, and gives P / merge**2 features; one with
     slot_patches takes them with slots, [B, N, P, patch_dim], and gives N * image_tokens.
     Where features are mixed, media_taps int32 and tap_weights float32 [B, S, T] say how, see `splice`.
+    What `encode` has made before may come as features [P, D], for all rows, instead of media.
     Positions are [B, S, 3] for a decoder with rope_sections; [B, S] there means text alone. Where the image projector
     has a text_vocab, instructions int32 [B, N, L] say what to look for in each picture; -1 is padding, on the right.
     blocks int32 [B, S] go with `MultimodalConfig.two_way`: the tokens of a segment with the same number above 0 see
@@ -203,16 +207,18 @@ class MultimodalLM(nn.Module):
         return self.audio(values, rearrange(batch["audio_frames"], "b m -> (b m)"))
 
     def encode(self, batch: Batch) -> jax.Array | None:
-        """The projected media features of each row: [B, N * image_tokens + M * audio_tokens, D]; None without media."""
-        return self._encode(batch)[0]
+        """The projected media features of each row: [B, P, D], pictures first; None without media.
 
-    def _encode(self, batch: Batch) -> tuple[jax.Array | None, jax.Array | None]:
-        """`encode`, and the features of pictures for the decoder's first layers."""
+        With DeepStack [B, P, (1 + K) * D]: behind each feature stand those for the decoder's first K layers, zeros for
+        sound.
+        """
         rows = batch["tokens"].shape[0]
-        features, deep = [], None
+        features = []
         if "patches" in batch:
             with jax.named_scope("image"):
                 projected, deep = self._native_features(batch)
+            if deep is not None:
+                projected = jnp.concatenate([projected, rearrange(deep, "k b p d -> b p (k d)")], axis=-1)
             features.append(projected)
         if "pixel_values" in batch:
             with jax.named_scope("image"):
@@ -226,7 +232,9 @@ class MultimodalLM(nn.Module):
                 real = jnp.arange(encoded.shape[1]) < (frames + 1) // 2
                 projected = self.audio_projector(encoded, (encoded.shape[1], 1), real)
             features.append(rearrange(projected, "(b m) t d -> b (m t) d", b=rows))
-        return (jnp.concatenate(features, axis=1) if features else None), deep
+        width = self.config.feature_dim
+        wide = [jnp.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1]))) for x in features]
+        return jnp.concatenate(wide, axis=1) if wide else None
 
     def dense(self, batch: Batch) -> dict[str, jax.Array]:
         """Logits of the dense targets.
@@ -247,19 +255,19 @@ class MultimodalLM(nn.Module):
 
     def _embed(self, batch: Batch) -> tuple[jax.Array, Deep | None]:
         embeddings = self.decoder.embed(batch["tokens"])
-        features, deep = self._encode(batch)
+        features = batch["features"] if "features" in batch else self.encode(batch)
         if features is None:
             return embeddings, None
-        index = batch["media_index"]
-        if deep is not None:
-            deep = deep, jnp.where(index < deep.shape[2], index, -1)  # clips come after the pictures
+        index, width, deep = batch["media_index"], embeddings.shape[-1], None
+        if self.config.deep_projector is not None:
+            deep = rearrange(features[..., width:], "... p (k d) -> k ... p d", d=width), index
         taps = (batch["media_taps"], batch["tap_weights"]) if "media_taps" in batch else None
         markers = None
         if self.config.markers:
             markers = jnp.stack(self.markers).astype(embeddings.dtype)
             if self.config.markers_projected:
                 markers = self.image_projector(markers[None], None)[0]
-        return splice(embeddings, features, index, markers, taps), deep
+        return splice(embeddings, features[..., :width], index, markers, taps), deep
 
     def _media(self, batch: Batch) -> jax.Array | None:
         """Which tokens the decoder's adapters are for."""
@@ -291,29 +299,33 @@ class MultimodalLM(nn.Module):
         together = block_mask(batch["segment_ids"], key_segments, batch["blocks"], key_blocks)
         return (mask, together) if self.config.two_way == "prefix" else (mask | together, None)
 
-    def extend(self, batch: Batch, cache: Cache, starts: jax.Array) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, batch: Batch, cache: Cache, starts: jax.Array, last: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Advance a KV cache by the tokens of a batch: prefill, the next turn of a chat, or one decoding step.
 
         Args:
           batch: as for `__call__`, right-padded; padding (segment 0) is written but never attended to.
           cache: from `init_cache`, at least starts + S slots long.
           starts: int32 [B], the slot where the first token of each row goes.
+          last: int32 [B], the only token of each row whose logits are wanted: those of a long prompt are large.
 
         Returns:
-          Logits float32 [B, S, vocab] and the advanced cache.
+          Logits float32 [B, S, vocab], or [B, 1, vocab] with `last`, and the advanced cache.
         """
         segments = batch["segment_ids"]
-        write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, 0))
-        cache = cache | {"segment_ids": write(cache["segment_ids"], segments, starts)}
+        cache = cache | {"segment_ids": write_slots(cache["segment_ids"], segments, starts)}
         slots = starts[:, None] + jnp.arange(segments.shape[1])
         mask = attention_mask(segments, cache["segment_ids"], slots, cache["segment_ids"].shape[1])
         blocks = batch.get("blocks")
         if blocks is not None:  # they never reach back to tokens of an earlier call, which are seen anyway
-            blocks = write(jnp.zeros_like(cache["segment_ids"]), blocks, starts)
+            blocks = write_slots(jnp.zeros_like(cache["segment_ids"]), blocks, starts)
         mask, always = self._two_way(batch, mask, cache["segment_ids"], blocks)
         x, deep = self._embed(batch)
         media = self._media(batch)
         x, cache = self.decoder.hidden(
             x, mask, batch["positions"], cache, starts, always=always, deep=deep, media=media
         )
+        if last is not None:
+            x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         return self.decoder.logits(x), cache

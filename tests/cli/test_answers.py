@@ -15,7 +15,7 @@ import pytest
 import mm_jax
 from mm_jax.cli.main import main
 from mm_jax.data.messages import Box, Text
-from mm_jax.inference.generate import Generator
+from mm_jax.inference.engine import Engine
 from tests.tiny import tiny, user
 
 
@@ -105,7 +105,7 @@ def test_chat_goes_on_after_a_mistake(run, files, typed, capsys):
 
 def test_chat_stops_an_answer(run, typed, capsys, monkeypatch):
     """Ctrl-C in the middle of an answer: the answer ends, the chat goes on and knows what was said."""
-    decode, calls = Generator.decode, []
+    decode, calls = Engine._decode, []
 
     def interrupted(self, *arguments, **options):
         calls.append(1)
@@ -113,7 +113,7 @@ def test_chat_stops_an_answer(run, typed, capsys, monkeypatch):
             raise KeyboardInterrupt
         return decode(self, *arguments, **options)
 
-    monkeypatch.setattr(Generator, "decode", interrupted)
+    monkeypatch.setattr(Engine, "_decode", interrupted)
     typed("what colour", "how many")
     assert main(["chat", run, "--max-new-tokens", "20"]) == 0
     stopped, _, rest = capsys.readouterr().out.partition(" (stopped)\n")

@@ -70,9 +70,9 @@ def test_blanked_models_do_not_see(asked):
 
 def test_shapes_stay_the_same(lm, asked):
     questions, *_ = asked
-    before = dict(lm.generator.traces)
+    before = dict(lm.programs.traces)
     runner.ask(lm, questions, rows=4, max_new_tokens=NEW, progress=False)
-    assert dict(lm.generator.traces) == before
+    assert dict(lm.programs.traces) == before
 
 
 def test_without_blanked(lm, asked):

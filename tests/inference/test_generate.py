@@ -8,8 +8,9 @@ import pytest
 
 from mm_jax.data.messages import Message, Text
 from mm_jax.errors import UserError
-from mm_jax.inference.batch import collate_prompts, pad_batch, tail_of
+from mm_jax.inference.batch import collate_prompts
 from mm_jax.inference.sampling import Sampling
+from mm_jax.lm import LanguageModel
 from mm_jax.models import init_cache
 from mm_jax.train.setup import init_params
 from tests.tiny import tiny, user
@@ -62,15 +63,12 @@ def test_cached_logits_equal_full_logits(lm, messages):
     cuts = [0, example.length // 2, *range(example.length - 3, example.length + 1)]
     found = []
     for start, stop in zip(cuts, cuts[1:], strict=False):
-        batch = collate_prompts([tail_of(head_of(example, stop), start, lm.layout)], lm.layout)
+        batch = collate_prompts([example], lm.layout)
+        text = ("tokens", "segment_ids", "positions", "media_index")
+        batch |= {name: batch[name][:, start:stop] for name in text}
         logits, cache = extend(params, batch, cache, np.array([start], np.int32))
-        found.append(logits[0, : stop - start])
+        found.append(logits[0])
     np.testing.assert_allclose(np.concatenate(found), full, atol=1e-5, rtol=1e-5)
-
-
-def head_of(example, stop):
-    fields = ("tokens", "loss_weights", "segments", "positions", "image_index", "audio_index")
-    return dataclasses.replace(example, **{name: getattr(example, name)[:stop] for name in fields})
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=20, top_p=0.9, seed=3)])
@@ -93,8 +91,10 @@ def test_rows_stop_by_themselves(lm):
     """With another token declared the stop id, each row ends there and is padded; ignore_eos goes on."""
     free = lm.generate(lm.batch(PROMPTS), NEW, ignore_eos=True)
     stop = int(free[0, 3])
-    generator = type(lm.generator)(lm.model, lm.params, lm.layout, (stop,), max_length=256)
-    ids = generator.generate(lm.batch(PROMPTS), NEW)
+    config, params, processor = tiny()
+    other = LanguageModel(config, params, processor, max_length=256)
+    other.programs.stop_ids = (stop,)
+    ids = other.generate(other.batch(PROMPTS), NEW)
     longest = 0
     for row, whole in zip(ids, free, strict=True):
         end = whole.tolist().index(stop) + 1 if stop in whole else NEW
@@ -102,7 +102,7 @@ def test_rows_stop_by_themselves(lm):
         assert (row[end:] == lm.processor.pad_id).all()
         longest = max(longest, end)
     assert ids.shape[1] == longest
-    np.testing.assert_array_equal(generator.generate(lm.batch(PROMPTS), NEW, ignore_eos=True), free)
+    np.testing.assert_array_equal(other.generate(lm.batch(PROMPTS), NEW, ignore_eos=True), free)
 
 
 def test_one_new_token(lm):
@@ -117,7 +117,7 @@ def test_nothing_compiles_after_warm_up(lm):
     compiled = []
     warm = [lm.generate(lm.batch(rows), 4) for rows in (PROMPTS, PROMPTS[:1], PROMPTS[1:2])]
     assert len(warm) == 3
-    traces = dict(lm.generator.traces)
+    traces = dict(lm.programs.traces)
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
@@ -132,27 +132,25 @@ def test_nothing_compiles_after_warm_up(lm):
         lm.generate(lm.batch([[user("what colour is it", images=(4,))]]), count, **settings)
         lm.generate(lm.batch([*PROMPTS[:4], longer]), count, **settings)
     assert compiled == []
-    assert dict(lm.generator.traces) == traces
+    assert dict(lm.programs.traces) == traces
     lm.generate(lm.batch([[user("red " * 60)]]), 4)
     assert compiled, "the counter does not count"
 
 
-def test_padded_batch_gives_the_same_logits(lm):
+def test_unused_slots_change_nothing(lm):
     batch = lm.batch([PROMPTS[3], PROMPTS[0], PROMPTS[2]])
     uneven = dict(batch)
-    # three picture slots: the next power of two is four, and the clips' features move
+    # a third picture slot moves the features of the clips
     uneven["pixel_values"] = np.pad(batch["pixel_values"], ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
     uneven["image_segment_ids"] = np.pad(batch["image_segment_ids"], ((0, 0), (0, 1)))
     tokens = lm.layout.image_tokens
     index = batch["media_index"]
     uneven["media_index"] = np.where(index >= 2 * tokens, index + tokens, index)
-    padded = pad_batch(uneven, lm.layout)
-    assert padded["pixel_values"].shape[:2] == (4, 4)
     params, apply = init_params(lm.config, 0), jax.jit(lm.apply)
     expected = np.asarray(apply(params, batch))
-    for other in (uneven, padded):
-        found = np.asarray(apply(params, other))[:3, : expected.shape[1]]
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(apply(params, uneven)), expected, atol=1e-5)
+    # and the same answers: a row brings its own media to the engine, not the slots that it does not use
+    np.testing.assert_array_equal(lm.generate(uneven, 6), lm.generate(batch, 6))
 
 
 def test_too_long_and_too_short(lm):
@@ -197,8 +195,6 @@ def test_preprocess(lm, tmp_path):
 
 
 def test_media_without_an_encoder():
-    from mm_jax.lm import LanguageModel
-
     lm = LanguageModel(*tiny(vision=False, audio=False))
     assert isinstance(lm.chat([user("how many")], 3), str)
     with pytest.raises(UserError, match="no vision encoder"):

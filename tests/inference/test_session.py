@@ -78,9 +78,9 @@ def test_pieces_make_the_answer(lm, turn):
 def test_the_same_programs_stream_and_generate(lm):
     messages = [Message("user", TURNS[1])]
     lm.chat(messages, 16)
-    before = dict(lm.generator.traces)
+    before = dict(lm.programs.traces)
     list(lm.stream(messages, 16))
-    assert dict(lm.generator.traces) == before
+    assert dict(lm.programs.traces) == before
 
 
 def test_characters_are_not_cut(lm):

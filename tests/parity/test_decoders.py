@@ -113,7 +113,7 @@ def test_matches_transformers(case, tmp_path):
     same_logits(model, lm, right)
     same_after_saving(model, lm, right, tmp_path / "out", AUTO)
     if case in GREEDY:
-        lm.generator.max_length = 64  # the dynamic case is about texts over the config's length
+        lm.max_length = 64  # the dynamic case is about texts over the config's length
         same_greedy(model, lm, left)
         ids = [lm.generate(lm.batch(**arrays), 16, ignore_eos=True) for arrays in (left, right)]
         assert np.array_equal(*ids)
@@ -137,7 +137,7 @@ def test_internlm2(kv_heads, bias, tmp_path):
     left = theirs.rows(97, pad_left=True)
     same_logits(model, lm, left)
     if kv_heads == 2:
-        lm.generator.max_length = 64
+        lm.max_length = 64
         same_greedy(model, lm, left)
     mm_jax.save(lm, tmp_path / "out")
     after = load_file(tmp_path / "out" / "model.safetensors")
