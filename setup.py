@@ -7,9 +7,10 @@ from setuptools import find_packages, setup
 # The data set of the quickstart is made of real digits, charts and a speech synthesiser.
 QUICKSTART = ["scikit-learn>=1.4", "espeakng-loader>=0.2.4"]
 TENSORBOARD = ["tensorboardX>=2.6"]
+SERVE = ["starlette>=0.46", "uvicorn>=0.34", "prometheus_client>=0.21", "llguidance>=1.3"]
 # The reference that the zoo is compared with; 2.13.0 and 5.24.0 were tried.
 PARITY = ["torch==2.13.0", "transformers>=5,<6", "safetensors>=0.5"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.16"]
+TEST = ["openai>=2", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.16"]
 
 setup(
     name="mm_jax",
@@ -19,6 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["mm_jax", "mm_jax.*"]),
+    package_data={"mm_jax.serve": ["*.html"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2,<0.13",  # 0.10.2 is the newest for Python 3.11; Python 3.12 gets 0.12
@@ -43,8 +45,9 @@ setup(
     extras_require={
         "quickstart": QUICKSTART,
         "tensorboard": TENSORBOARD,
+        "serve": SERVE,
         "parity": PARITY,
-        "test": QUICKSTART + TENSORBOARD + PARITY + TEST,
+        "test": QUICKSTART + TENSORBOARD + SERVE + PARITY + TEST,
     },
     entry_points={"console_scripts": ["mm-jax=mm_jax.cli.main:main"]},
 )

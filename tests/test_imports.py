@@ -27,8 +27,10 @@ BELOW = {
     "train": {"models", "data", "parallel", "checkpoint"},
     "tower": {"models", "data", "checkpoint"},
     "lm": {"models", "data", "parallel", "families", "checkpoint", "inference", "tower"},
+    "agents": {"data", "inference"},
+    "serve": {"data", "inference", "agents", "lm"},
     "evaluate": {"models", "data", "inference", "lm"},
-    "cli": {"data", "inference", "checkpoint", "train", "lm", "evaluate"},
+    "cli": {"data", "inference", "checkpoint", "train", "lm", "serve", "evaluate"},
 }
 FOUNDATION = {"errors", "serialize"}
 # Imports inside functions that go against the arrows, each for one purpose; the list may only get shorter.

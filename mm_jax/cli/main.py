@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "answer one prompt",
     "inspect": "what a checkpoint is made of and what it needs",
     "convert": "rewrite a Hugging Face checkpoint: dtype, names, files",
+    "serve": "answer over HTTP, with a page to chat on",
 }
 
 USAGE = """usage: python -m mm_jax COMMAND ...

@@ -246,6 +246,21 @@ def decode_audio(
     return np.ascontiguousarray(samples, np.float32)
 
 
+def audio_seconds(source) -> float:
+    """Seconds of an encoded clip by its header. Raises MediaError."""
+    data, name = _read(source, "unreadable_audio")
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return file.frames / file.samplerate
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise _unreadable_audio(name, error) from None
+
+
+def _unreadable_audio(name: str, error: Exception) -> MediaError:
+    text = f"{name}: not a readable WAV, FLAC, OGG or MP3 ({' '.join(str(error).split())})"
+    return MediaError(text, "unreadable_audio")
+
+
 def _check_rate(rate: int, name: str) -> None:
     if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not 4000 <= rate <= 384000:
         text = f"{name}: sample rate {rate!r} Hz, must be a whole number 4000..384000"
@@ -264,6 +279,5 @@ def _read_audio(source, max_seconds: float) -> tuple[np.ndarray, int, str]:
             # one frame over the limit shows the excess without trusting the header's length
             samples = file.read(int(max_seconds * rate) + 1, dtype="float32")
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
-        text = f"{name}: not a readable WAV, FLAC, OGG or MP3 ({' '.join(str(error).split())})"
-        raise MediaError(text, "unreadable_audio") from None
+        raise _unreadable_audio(name, error) from None
     return samples, rate, name

@@ -4,6 +4,8 @@ import os
 import re
 import shlex
 import subprocess
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,19 @@ def test_every_command_of_the_package_has_an_example() -> None:
     assert shown == set(COMMANDS)
 
 
+def serve(line: str, workspace: Path, environment: dict[str, str]) -> subprocess.Popen:
+    """A server of README.md, once it is ready."""
+    server = subprocess.Popen(shlex.split(line), cwd=workspace, env=environment)
+    for _ in range(600):
+        assert server.poll() is None, line
+        try:
+            urllib.request.urlopen("http://127.0.0.1:8000/health").close()
+            return server
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"not ready: {line}")
+
+
 @pytest.mark.slow
 def test_every_block_runs_in_order(workspace: Path, stub_uv: tuple[Path, dict[str, str]]) -> None:
     _, environment = stub_uv
@@ -68,12 +83,24 @@ def test_every_block_runs_in_order(workspace: Path, stub_uv: tuple[Path, dict[st
             path = workspace / found[1]
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-    for language, about, text in BLOCKS:
-        if language == "python" and "file=" not in about:
-            run(["python", "-c", text], text)
-        elif language == "bash":
-            for line in lines_of(text):
-                run(shlex.split(line), line)
+    servers: list[subprocess.Popen] = []
+    try:
+        for language, about, text in BLOCKS:
+            if language == "python" and "file=" not in about:
+                run(["python", "-c", text], text)
+            elif language == "bash":
+                for line in lines_of(text):
+                    if line.startswith("python -m mm_jax serve "):  # it goes on while the rest runs
+                        servers.append(serve(line, workspace, environment))
+                    else:
+                        run(shlex.split(line), line)
+        for server in servers:
+            server.terminate()
+            assert server.wait(60) == 0
+        assert servers
+    finally:
+        for server in servers:
+            server.kill()
     left = set(os.listdir(workspace / "runs" / "quickstart"))
     expected = (
         "checkpoints scores.md scores.json answers.jsonl loss.png metrics.jsonl tensorboard report.html"
