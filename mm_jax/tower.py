@@ -11,11 +11,11 @@ import numpy as np
 from mm_jax.checkpoint.hf import HFCheckpoint
 from mm_jax.data.media_rule import channels_last
 from mm_jax.errors import UserError
-from mm_jax.models import ENCODERS
+from mm_jax.models import dummy_inputs, encoder
 
 
 class Tower:
-    """A vision encoder.
+    """An encoder of pictures or sound.
 
     Attributes:
       family: the model_type of its checkpoint.
@@ -26,15 +26,23 @@ class Tower:
     def __init__(self, checkpoint: HFCheckpoint, params: Any):
         self.checkpoint, self.params = checkpoint, params
         self.family, self.config = checkpoint.family.name, checkpoint.system.config
-        self.model = ENCODERS[type(self.config)](self.config, jnp.dtype(checkpoint.dtype))
+        self.model = encoder(self.config, jnp.dtype(checkpoint.dtype))
 
     def batch(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-        """pixel_values [n, 3, H, W] -> the batch that `apply` takes."""
-        if set(arrays) != {"pixel_values"}:
-            raise UserError(f"a vision tower takes pixel_values alone, not {', '.join(arrays) or 'nothing'}")
-        pixels = channels_last(np.asarray(arrays["pixel_values"]), self.config.inputs["pixel_values"])
-        return {"pixel_values": pixels}
+        """The arrays that the reference's processor gives -> the batch that `apply` takes.
+
+        Raises UserError for other arrays than the reference takes, and for wrong shapes.
+        """
+        system = self.checkpoint.system
+        needed, *others = system.takes
+        if needed not in arrays or not set(arrays) <= set(system.takes):
+            what = f"{needed} alone" if not others else f"{needed} and, where needed, {', '.join(others)}"
+            raise UserError(f"{self.family} takes {what}, not {', '.join(arrays) or 'nothing'}")
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        if system.inputs is not None:
+            return system.inputs(self.config, arrays)
+        return {"pixel_values": channels_last(arrays["pixel_values"], self.config.inputs["pixel_values"])}
 
     def apply(self, params: Any, batch: dict) -> jax.Array:
         """Features [n, tokens, channels], the reference's `last_hidden_state`, maps row by row. Pure and jittable."""
-        return self.model.apply({"params": params}, batch["pixel_values"])
+        return self.model.apply({"params": params}, *(batch[name] for name in dummy_inputs(self.config)))

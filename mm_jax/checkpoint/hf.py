@@ -27,7 +27,7 @@ from mm_jax.errors import UserError, nearest
 from mm_jax.families import ARCHITECTURES, FAMILIES, Family, Names, System, Weight
 from mm_jax.families.fields import token_ids
 from mm_jax.families.media import media_rule
-from mm_jax.models import ENCODERS, MultimodalConfig, MultimodalLM, dummy_batch
+from mm_jax.models import MultimodalConfig, MultimodalLM, dummy_batch, dummy_inputs, encoder
 
 INDEX = "model.safetensors.index.json"
 # tables that the reference computes itself and that old files hold nevertheless
@@ -161,8 +161,7 @@ def abstract_params(config: Any) -> dict[str, tuple[int, ...]]:
     if isinstance(config, MultimodalConfig):
         init, inputs = MultimodalLM(config).init, [dummy_batch(config)]
     else:
-        init = ENCODERS[type(config)](config).init
-        inputs = [jnp.zeros((1, *size, 3)) for size in config.inputs.values()]
+        init, inputs = encoder(config).init, list(dummy_inputs(config).values())
     shapes = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
 

@@ -115,7 +115,7 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
             # the format is row-major: a transposed view would otherwise be written as it lies in memory
-            values = np.ascontiguousarray(entry.read(), entry.dtype)
+            values = np.asarray(entry.read(), entry.dtype, order="C")
             if values.shape != entry.shape:
                 raise ValueError(f"{entry.name} is {values.shape}, {entry.shape} was announced")
             file.write(values.reshape(-1).view(np.uint8))

@@ -44,6 +44,7 @@ from mm_jax.families import (
     mistral,
     opt,
     paligemma,
+    parakeet,
     qwen2,
     qwen2_5_vl,
     qwen2_vl,
@@ -53,6 +54,8 @@ from mm_jax.families import (
     qwen3_vl_moe,
     sam,
     siglip,
+    wav2vec2_conformer,
+    whisper,
     xcomposer2,
 )
 from mm_jax.families.family import Family, Names, System, Weight
@@ -85,6 +88,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "opt": opt.FAMILY,
     "paligemma": paligemma.FAMILY,
+    "parakeet_ctc": parakeet.CTC,
+    "parakeet_encoder": parakeet.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen2_5_vl": qwen2_5_vl.FAMILY,
     "qwen2_vl": qwen2_vl.FAMILY,
@@ -94,6 +99,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe": qwen3_vl_moe.FAMILY,
     "sam_vision_model": sam.FAMILY,
     "siglip_vision_model": siglip.FAMILY,
+    "wav2vec2-conformer": wav2vec2_conformer.FAMILY,
+    "whisper": whisper.FAMILY,
 }
 
 # those whose files have model_types of others

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
+from mm_jax.errors import UserError
 from mm_jax.families.family import LINEAR, Family, System, Weight
 from mm_jax.families.fields import Fields
 from mm_jax.models import ViTConfig
@@ -103,6 +106,16 @@ def weights(config: ViTConfig, theirs: str = "", ours: str = "") -> tuple[Weight
     return tuple(table)
 
 
+def inputs(config: ViTConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """pixel_values [n, 3, H, W] as the tower takes them. Raises UserError for pictures of another size."""
+    pixels, size = arrays["pixel_values"], (3, config.height, config.width)
+    if pixels.ndim != 4 or pixels.shape[1:] != size:
+        raise UserError(
+            f"pixel_values has shape {list(pixels.shape)}, [pictures, {', '.join(map(str, size))}] is needed"
+        )
+    return {"pixel_values": np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))}
+
+
 def unused(theirs: str = "") -> tuple[str, ...]:
     """Patterns of what a system may leave aside: later blocks, the last norm, the pooling head."""
     return tuple(f"{theirs}{name}.*" for name in ("encoder.layers", "post_layernorm", "head"))
@@ -110,7 +123,7 @@ def unused(theirs: str = "") -> tuple[str, ...]:
 
 def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     config = tower(values, Output(), "config.json")
-    return System(config, weights(config), unused=unused())
+    return System(config, weights(config), unused=unused(), takes=("pixel_values",), inputs=inputs)
 
 
 FAMILY = Family("clip_vision_model", ("image",), _system, RENAMES)

@@ -10,9 +10,11 @@ import numpy as np
 from einops import rearrange
 
 from mm_jax.data.media_rule import MediaRule, Settings
-from mm_jax.models import DecoderConfig, MultimodalConfig, VisionConfig
+from mm_jax.models import DecoderConfig, EncoderConfig, MultimodalConfig
 
 LINEAR = "o i -> i o"  # a linear map of the reference is [out, in], ours [in, out]
+CONV = "o i k -> k i o"  # a convolution over time
+POINT = "o i 1 -> i o"  # one of a single position, which is a linear map
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,17 @@ class Names(frozenset[str]):
         return names
 
 
+def linear(theirs: str, ours: str, bias: bool = True, pattern: str = LINEAR) -> list[Weight]:
+    """A linear map or convolution."""
+    kernel = Weight(f"{theirs}.weight", f"{ours}/kernel", pattern)
+    return [kernel, Weight(f"{theirs}.bias", f"{ours}/bias")] if bias else [kernel]
+
+
+def norm(theirs: str, ours: str) -> list[Weight]:
+    """A norm with factors and offsets."""
+    return [Weight(f"{theirs}.weight", f"{ours}/scale"), Weight(f"{theirs}.bias", f"{ours}/bias")]
+
+
 @dataclass(frozen=True)
 class Text:
     """What a text config says.
@@ -155,15 +168,19 @@ class System:
         `mm_jax.families.media.media_rule` makes of the config, which takes arrays and, of encoders for pictures of
         one size, pictures.
       template: chat template, for a checkpoint that has none.
+      takes: of a tower, the names of the arrays that the reference's takes; the first is needed.
+      inputs: of a tower, (config, those arrays) -> the arguments of our module by name; None for pictures of one size.
     """
 
-    config: MultimodalConfig | VisionConfig
+    config: MultimodalConfig | EncoderConfig
     weights: tuple[Weight, ...]
     text: Text | None = None
     unused: tuple[str, ...] = ()
     image_token_id: int | None = None
     rule: Callable[[Settings], MediaRule] | None = None
     template: str | None = None
+    takes: tuple[str, ...] = ("pixel_values",)
+    inputs: Callable[[Any, Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
 
 
 @dataclass(frozen=True)

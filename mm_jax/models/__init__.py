@@ -2,18 +2,13 @@
 
 from mm_jax.models.attention import attention, attention_mask, attention_weights, window_mask
 from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
+from mm_jax.models.conformer import Conformer, ConformerConfig, MelSubsampling, WaveformConvolutions
 from mm_jax.models.decoder import Decoder, DecoderConfig, init_cache
+from mm_jax.models.encoders import ENCODERS, AudioConfig, EncoderConfig, VisionConfig, dummy_inputs, encoder
 from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.heads import DenseHeads, HeadConfig
 from mm_jax.models.layers import MLP, Attention, EncoderBlock
-from mm_jax.models.multimodal import (
-    ENCODERS,
-    MultimodalConfig,
-    MultimodalLM,
-    VisionConfig,
-    dummy_batch,
-    splice,
-)
+from mm_jax.models.multimodal import MultimodalConfig, MultimodalLM, dummy_batch, splice
 from mm_jax.models.native import NativeViT, NativeViTConfig
 from mm_jax.models.projectors import (
     BranchProjector,
@@ -28,10 +23,12 @@ from mm_jax.models.sam import HybridConfig, HybridEncoder, SamConfig, SamEncoder
 from mm_jax.models.vision import VisionTransformer, ViTConfig
 
 __all__ = [
-    "ENCODERS", "MLP", "Attention", "AudioEncoder", "AudioEncoderConfig", "BranchProjector", "Decoder",
-    "DecoderConfig", "DenseHeads", "EncoderBlock", "ExpertConfig", "Experts", "HeadConfig", "HybridConfig",
-    "HybridEncoder", "LatentReader", "MLPProjector", "MultimodalConfig", "MultimodalLM", "NativeViT",
-    "NativeViTConfig", "ProjectorConfig", "QFormer", "Resampler", "RopeScaling", "SamConfig", "SamEncoder",
-    "ViTConfig", "VisionConfig", "VisionTransformer", "attention", "attention_mask", "attention_weights",
-    "axial_rotation", "channel_axes", "dummy_batch", "init_cache", "rotate", "rotation", "splice", "window_mask",
+    "ENCODERS", "MLP", "Attention", "AudioConfig", "AudioEncoder", "AudioEncoderConfig", "BranchProjector",
+    "Conformer", "ConformerConfig", "Decoder", "DecoderConfig", "DenseHeads", "EncoderBlock", "EncoderConfig",
+    "ExpertConfig", "Experts", "HeadConfig", "HybridConfig", "HybridEncoder", "LatentReader", "MLPProjector",
+    "MelSubsampling", "MultimodalConfig", "MultimodalLM", "NativeViT", "NativeViTConfig", "ProjectorConfig",
+    "QFormer", "Resampler", "RopeScaling", "SamConfig", "SamEncoder", "ViTConfig", "VisionConfig",
+    "VisionTransformer", "WaveformConvolutions", "attention", "attention_mask", "attention_weights", "axial_rotation",
+    "channel_axes", "dummy_batch", "dummy_inputs", "encoder", "init_cache", "rotate", "rotation", "splice",
+    "window_mask",
 ]  # fmt: skip

@@ -90,12 +90,14 @@ def attention(
       mask: bool [B or 1, 1, T, S], from `attention_mask`.
       scale: factor on query x key; None for H ** -0.5.
       cap: bound of the logits, cap * tanh(logits / cap) (Gemma-2); 0 for none.
-      bias: [B, N, T, S], added to the logits; not together with a cap.
+      bias: [B or 1, N, T, S], added to the logits; not together with a cap.
 
     Returns:
       [B, T, N, H] in the dtype of `query`.
     """
     if cap:
+        if bias is not None:
+            raise ValueError("bias and cap do not go together")
         weights = attention_weights(query, key, mask, scale, cap).astype(query.dtype)
         value = jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
         return jnp.einsum("bnts,bsnh->btnh", weights, value)

@@ -1,18 +1,29 @@
-"""Audio encoders."""
+"""Whisper's audio encoder."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import reduce
 
 from mm_jax.models.attention import attention_mask
-from mm_jax.models.layers import ACTIVATIONS, Activation, EncoderBlock, sinusoids, stack
+from mm_jax.models.layers import ACTIVATIONS, Activation, EncoderBlock, layer_norm, sinusoids, stack
 
 
 @dataclass(frozen=True)
 class AudioEncoderConfig:
-    """Sizes of a Whisper-style encoder; max_frames is the number of log-mel frames of one window."""
+    """Sizes of a Whisper-style encoder; max_frames is the number of log-mel frames of one window.
+
+    Attributes:
+      positions: sines and cosines, or a learned table.
+      conv_activation: of the convolutions, None for the same as in the blocks.
+      key_bias: bias on the key projections; Whisper has none.
+      mask_frames: the convolutions see zeros past the end of a clip; else what the array holds there, which is the
+        log-mel of silence from Whisper's processor.
+      pool: means over so many neighbouring positions come out, instead of all (Qwen2-Audio).
+    """
 
     num_mels: int = 80
     max_frames: int = 160
@@ -22,17 +33,32 @@ class AudioEncoderConfig:
     mlp_dim: int = 512
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-5
+    positions: Literal["sinusoidal", "learned"] = "sinusoidal"
+    conv_activation: Activation | None = None
+    key_bias: bool = True
+    mask_frames: bool = True
+    pool: int = 1
 
     @property
     def num_positions(self) -> int:
-        """Encoder positions of a full window: the second convolution has stride 2."""
-        return self.max_frames // 2
+        """Encoder positions of a full window."""
+        return self.positions_of(self.max_frames)
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of a position."""
+        return self.embed_dim
+
+    def positions_of(self, frames):
+        """Encoder positions of so many frames, int or array: the second convolution has stride 2."""
+        return (frames + 1) // 2 // self.pool
 
 
 class AudioEncoder(nn.Module):
-    """Two convolutions, sinusoidal positions, pre-norm blocks, final norm (Radford et al. 2022, Whisper encoder).
+    """Two convolutions, positions, pre-norm blocks, final norm (Radford et al. 2022, Whisper encoder).
 
-    Frames past the end of a clip are hidden from attention, so silence that only pads changes nothing.
+    Attention does not reach past the end of a clip. Whisper itself listens to the silence that fills its windows up:
+    there every window has max_frames real frames.
     """
 
     config: AudioEncoderConfig
@@ -43,22 +69,33 @@ class AudioEncoder(nn.Module):
         """Encode windows of log-mel features.
 
         Args:
-          audio_values: float [N, max_frames, num_mels], log-mel, zero where padded.
+          audio_values: float [N, max_frames, num_mels], log-mel.
           audio_frames: int32 [N], real frames of each window.
 
         Returns:
-          [N, max_frames // 2, embed_dim].
+          [N, num_positions, embed_dim].
         """
         c = self.config
-        activate = ACTIVATIONS[c.activation]
+        activate = ACTIVATIONS[c.conv_activation or c.activation]
         real = (jnp.arange(audio_values.shape[1]) < audio_frames[:, None])[..., None]
-        x = jnp.where(real, audio_values, 0)  # a convolution looks one frame past the end
+
+        def heard(x: jax.Array) -> jax.Array:
+            return jnp.where(real, x, 0) if c.mask_frames else x
+
+        x = heard(audio_values)  # a convolution looks one frame past the end
         x = activate(nn.Conv(c.embed_dim, (3,), padding=1, dtype=self.dtype, name="conv1")(x))
-        x = jnp.where(real, x, 0)
+        x = heard(x)
         x = activate(nn.Conv(c.embed_dim, (3,), (2,), padding=1, dtype=self.dtype, name="conv2")(x))
-        x = x + jnp.asarray(sinusoids(x.shape[1], c.embed_dim), self.dtype)
+        table = jnp.asarray(sinusoids(x.shape[1], c.embed_dim))
+        if c.positions == "learned":
+            table = self.param("positions", lambda _: table)
+        x = x + table.astype(self.dtype)
         real = (jnp.arange(x.shape[1]) < ((audio_frames + 1) // 2)[:, None]).astype(jnp.int32)
         mask = attention_mask(real, real, None, x.shape[1])
         block = stack(EncoderBlock, c.num_layers, nn.broadcast)
-        x, _ = block(c.num_heads, c.mlp_dim, c.activation, c.norm_eps, self.dtype, name="layers")(x, mask)
-        return nn.LayerNorm(c.norm_eps, dtype=self.dtype, name="norm")(x)
+        x, _ = block(
+            c.num_heads, c.mlp_dim, c.activation, c.norm_eps, self.dtype, key_bias=c.key_bias, name="layers"
+        )(x, mask)
+        if c.pool > 1:
+            x = reduce(x[:, : c.num_positions * c.pool], "n (t p) d -> n t d", "mean", p=c.pool)
+        return layer_norm(c.norm_eps, self.dtype, "norm")(x)

@@ -144,7 +144,7 @@ class Attention(nn.Module):
     Attributes:
       num_heads, num_kv_heads, head_dim: grouped-query attention when num_kv_heads < num_heads.
       use_bias: biases on the query, key and value projections.
-      out_bias: bias on the out projection; None for the same as use_bias.
+      key_bias, out_bias: bias on the key and out projections; None for the same as use_bias.
       qk_norm: RMS norm on queries and keys before the rotation, of the kind qk_norm_kind.
       norm_heads: "each" head is normalised on its own (Qwen3), or "all" heads of a token together (InternViT).
       inner_norm: layer norm between the heads and the out projection (Wang et al. 2022, Magneto: sub-LN).
@@ -171,6 +171,7 @@ class Attention(nn.Module):
     start: AttentionStart = "closed"
     adapter_rank: int = 0
     adapter_scale: float = 1.0
+    key_bias: bool | None = None
 
     @nn.compact
     def __call__(
@@ -222,8 +223,8 @@ class Attention(nn.Module):
         own, shared = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         added = adapted("qkv", x, query=own, key=shared, value=shared)
 
-        def project(name: str, inputs: jax.Array, heads: int) -> jax.Array:
-            out = dense(name, heads * self.head_dim, self.use_bias)(inputs)
+        def project(name: str, inputs: jax.Array, heads: int, bias: bool = self.use_bias) -> jax.Array:
+            out = dense(name, heads * self.head_dim, bias)(inputs)
             out = out + added[name] if added else out
             normed = self.qk_norm and name != "value"
             if normed and self.norm_heads == "all":
@@ -235,7 +236,9 @@ class Attention(nn.Module):
 
         context = x if context is None else context
         query = project("query", x, self.num_heads)
-        key = project("key", context if key_places is None else context + key_places, self.num_kv_heads)
+        key_bias = self.use_bias if self.key_bias is None else self.key_bias
+        key = context if key_places is None else context + key_places
+        key = project("key", key, self.num_kv_heads, key_bias)
         value = project("value", context, self.num_kv_heads)
         if turned is not None:
             query, key = rotate(query, turned), rotate(key, turned)
@@ -308,6 +311,7 @@ class EncoderBlock(nn.Module):
       qk_norm: RMS norm on queries and keys, over all heads of a token together.
       layer_scale: a learned factor on each channel of what the two branches add (Touvron et al. 2021, CaiT), and its
         first value; None for no factors.
+      key_bias: bias on the key (Whisper has none); None for the same as qkv_bias.
     """
 
     num_heads: int
@@ -320,6 +324,7 @@ class EncoderBlock(nn.Module):
     qkv_bias: bool = True
     qk_norm: bool = False
     layer_scale: float | None = None
+    key_bias: bool | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
@@ -337,7 +342,7 @@ class EncoderBlock(nn.Module):
         heads = self.num_heads
         attend = Attention(
             heads, heads, x.shape[-1] // heads, self.qkv_bias, True, self.qk_norm, self.norm_eps, self.dtype, "all",
-            name="attention",
+            key_bias=self.key_bias, name="attention",
         )  # fmt: skip
         x = x + scaled("attention_scale", attend(norm("attention_norm")(x), mask=mask)[0])
         mlp = MLP(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")

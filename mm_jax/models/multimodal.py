@@ -9,22 +9,15 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mm_jax.models.attention import attention_mask, block_mask, write_slots
-from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
+from mm_jax.models.audio import AudioEncoderConfig
 from mm_jax.models.decoder import Cache, Decoder, DecoderConfig, Deep, take_features
+from mm_jax.models.encoders import AudioConfig, VisionConfig, dummy_inputs, encoder
 from mm_jax.models.heads import DenseHeads, HeadConfig
-from mm_jax.models.native import NativeViT, NativeViTConfig
+from mm_jax.models.native import NativeViTConfig
 from mm_jax.models.projectors import PROJECTORS, ProjectorConfig
-from mm_jax.models.sam import HybridConfig, HybridEncoder, SamConfig, SamEncoder
-from mm_jax.models.vision import VisionTransformer, ViTConfig
+from mm_jax.models.vision import ViTConfig
 
 Batch = dict[str, jax.Array]
-VisionConfig = ViTConfig | NativeViTConfig | SamConfig | HybridConfig
-ENCODERS = {
-    ViTConfig: VisionTransformer,
-    NativeViTConfig: NativeViT,
-    SamConfig: SamEncoder,
-    HybridConfig: HybridEncoder,
-}
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class MultimodalConfig:
     """
 
     vision: VisionConfig | None = field(default_factory=ViTConfig)
-    audio: AudioEncoderConfig | None = field(default_factory=AudioEncoderConfig)
+    audio: AudioConfig | None = field(default_factory=AudioEncoderConfig)
     image_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(2, 2)))
     audio_projector: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(merge=(8, 1)))
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -115,19 +108,9 @@ def dummy_batch(config: MultimodalConfig) -> dict[str, jax.Array]:
     """A batch of one row with one slot of every medium, to initialise from."""
     ones = jnp.ones((1, 8), jnp.int32)
     batch = {"tokens": ones, "segment_ids": ones, "positions": ones, "media_index": -ones}
-    if (v := config.vision) is not None and config.native:
-        slots = (1, 1, v.slot_patches) if v.slot_patches else (1, v.block)
-        batch["patches"] = jnp.zeros((*slots, v.patch_dim))
-        batch["patch_segment_ids"] = jnp.ones(slots, jnp.int32)
-        batch["patch_positions"] = jnp.zeros((*slots, 2), jnp.int32)
-        if v.table_side:
-            batch["patch_table_index"] = jnp.zeros((*slots, 4), jnp.int32)
-            batch["patch_table_weights"] = jnp.zeros((*slots, 4))
-    elif v is not None:
-        batch |= {name: jnp.zeros((1, 1, *size, 3)) for name, size in v.inputs.items()}
-    if (a := config.audio) is not None:
-        batch["audio_values"] = jnp.zeros((1, 1, a.max_frames, a.num_mels))
-        batch["audio_frames"] = jnp.full((1, 1), a.max_frames, jnp.int32)
+    for part in (config.vision, config.audio):
+        if part is not None:
+            batch |= {name: jnp.asarray(x[None]) for name, x in dummy_inputs(part).items()}
     return batch
 
 
@@ -159,7 +142,7 @@ class MultimodalLM(nn.Module):
         dtype = jnp.dtype(c.dtype)
         width = c.decoder.embed_dim
         if c.vision is not None:
-            self.vision = ENCODERS[type(c.vision)](c.vision, dtype)
+            self.vision = encoder(c.vision, dtype)
             self.image_projector = PROJECTORS[c.image_projector.kind](c.image_projector, width, dtype)
         if c.deep_projector is not None:
             several = nn.vmap(
@@ -171,7 +154,7 @@ class MultimodalLM(nn.Module):
             )
             self.deep_projector = several(c.deep_projector, width, dtype)
         if c.audio is not None:
-            self.audio = AudioEncoder(c.audio, dtype)
+            self.audio = encoder(c.audio, dtype)
             self.audio_projector = PROJECTORS[c.audio_projector.kind](c.audio_projector, width, dtype)
         if c.markers:
             merged = c.image_projector.merged_dim(c.vision.feature_dim) if c.markers_projected else width
@@ -229,7 +212,7 @@ class MultimodalLM(nn.Module):
             with jax.named_scope("audio"):
                 encoded = self._audio_features(batch)
                 frames = rearrange(batch["audio_frames"], "b m -> (b m) 1")
-                real = jnp.arange(encoded.shape[1]) < (frames + 1) // 2
+                real = jnp.arange(encoded.shape[1]) < self.config.audio.positions_of(frames)
                 projected = self.audio_projector(encoded, (encoded.shape[1], 1), real)
             features.append(rearrange(projected, "(b m) t d -> b (m t) d", b=rows))
         width = self.config.feature_dim

@@ -55,6 +55,11 @@ def build(
             else:
                 more = [factor for part, factor in (scales or {}).items() if part in name]
                 value.copy_(0.15 * math.prod(more) * noise)
+        for name, value in model.named_buffers():
+            if name.endswith("running_mean"):
+                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+            elif name.endswith("running_var"):
+                value.copy_(0.5 + torch.rand(value.shape, generator=generator))
     model = model.to(getattr(torch, dtype)).eval()
     model.save_pretrained(directory, **save)
     # a model turned into half precision has rounded its rotary table too, one that is loaded has not

@@ -1,0 +1,48 @@
+"""Which module encodes what a config describes."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
+from mm_jax.models.conformer import Conformer, ConformerConfig
+from mm_jax.models.native import NativeViT, NativeViTConfig
+from mm_jax.models.sam import HybridConfig, HybridEncoder, SamConfig, SamEncoder
+from mm_jax.models.vision import VisionTransformer, ViTConfig
+
+VisionConfig = ViTConfig | NativeViTConfig | SamConfig | HybridConfig
+AudioConfig = AudioEncoderConfig | ConformerConfig
+EncoderConfig = VisionConfig | AudioConfig
+
+ENCODERS: dict[type, type[nn.Module]] = {
+    ViTConfig: VisionTransformer,
+    NativeViTConfig: NativeViT,
+    SamConfig: SamEncoder,
+    HybridConfig: HybridEncoder,
+    AudioEncoderConfig: AudioEncoder,
+    ConformerConfig: Conformer,
+}
+
+
+def encoder(config: EncoderConfig, dtype: jnp.dtype = jnp.float32) -> nn.Module:
+    """The encoder of a config."""
+    return ENCODERS[type(config)](config, dtype)
+
+
+def dummy_inputs(config: EncoderConfig) -> dict[str, np.ndarray]:
+    """What an encoder reads of a batch, for one picture or one window of sound, in the order of its arguments."""
+    if isinstance(config, AudioConfig):
+        values = np.zeros((1, config.max_frames, config.num_mels), np.float32)
+        return {"audio_values": values, "audio_frames": np.full(1, config.max_frames, np.int32)}
+    if not isinstance(config, NativeViTConfig):
+        return {name: np.zeros((1, *size, 3), np.float32) for name, size in config.inputs.items()}
+    slots = (1, config.slot_patches) if config.slot_patches else (config.block,)
+    arrays = {
+        "patches": np.zeros((*slots, config.patch_dim), np.float32),
+        "patch_segment_ids": np.ones(slots, np.int32),
+        "patch_positions": np.zeros((*slots, 2), np.int32),
+    }
+    if config.table_side:
+        arrays["patch_table_index"] = np.zeros((*slots, 4), np.int32)
+        arrays["patch_table_weights"] = np.zeros((*slots, 4), np.float32)
+    return arrays
