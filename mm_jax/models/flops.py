@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mm_jax.models.conformer import ConformerConfig, MelSubsampling
 from mm_jax.models.multimodal import MultimodalConfig
 
 
@@ -80,10 +81,14 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
             "image_projector", v.feature_dim, rows * cols, config.image_tokens
         )
     if (a := config.audio) is not None:
-        convs = 2 * 3 * a.embed_dim * (a.max_frames * a.num_mels + a.num_positions * a.embed_dim)
-        flops["audio"] = work.clips * (convs + blocks(a.embed_dim, a.num_layers, a.mlp_dim, a.num_positions))
+        if isinstance(a, ConformerConfig):
+            flops["audio"] = work.clips * _conformer(a)
+        else:
+            positions = a.num_positions * a.pool
+            convs = 2 * 3 * a.embed_dim * (a.max_frames * a.num_mels + positions * a.embed_dim)
+            flops["audio"] = work.clips * (convs + blocks(a.embed_dim, a.num_layers, a.mlp_dim, positions))
         flops["audio_projector"] = work.clips * projector(
-            "audio_projector", a.embed_dim, a.num_positions, config.audio_tokens
+            "audio_projector", a.feature_dim, a.num_positions, config.audio_tokens
         )
     d = config.decoder
     heads = d.num_heads * d.head_dim
@@ -96,6 +101,28 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
     per_token = 2 * (d.num_layers * layer + ends)
     flops["decoder"] = work.tokens * per_token + d.num_layers * 4 * heads * work.token_pairs
     return flops
+
+
+def _conformer(a: ConformerConfig) -> float:
+    """Of one window. The map of relative places is left out: a batch needs it once, however many clips it has."""
+    if isinstance(a.front, MelSubsampling):
+        f, frames, bands = a.front, a.max_frames, a.num_mels
+        front = 0
+        for k in range(f.num_layers):
+            frames, bands = (frames + 1) // 2, (bands + 1) // 2
+            each = f.kernel_size**2 * f.channels + (f.channels**2 if k else 0)
+            front += 2 * frames * bands * each
+        width = f.channels * bands
+    else:
+        frames, width, front = a.max_frames, a.num_mels, 0
+        for channels, kernel, stride in zip(a.front.channels, a.front.kernels, a.front.strides, strict=True):
+            frames = (frames - kernel) // stride + 1
+            front += 2 * frames * kernel * width * channels
+            width = channels
+    d, t = a.embed_dim, a.num_positions
+    maps = 4 * d**2 + 4 * d * a.mlp_dim + 3 * d**2 + a.kernel_size * d
+    pairs = 4 * d * t + (2 * d * (2 * t - 1) if a.positions == "relative" else 0)
+    return front + 2 * t * width * d + a.num_layers * t * (2 * maps + pairs)
 
 
 def train_flops(config: MultimodalConfig, work: Work, trainable: Iterable[str]) -> float:

@@ -13,14 +13,18 @@ import pytest
 from mm_jax.models import (
     AudioEncoder,
     AudioEncoderConfig,
+    Conformer,
+    ConformerConfig,
     DecoderConfig,
     ExpertConfig,
+    MelSubsampling,
     MultimodalConfig,
     MultimodalLM,
     NativeViTConfig,
     ProjectorConfig,
     VisionTransformer,
     ViTConfig,
+    WaveformConvolutions,
 )
 from mm_jax.models.flops import Work, forward_flops, train_flops
 from mm_jax.models.projectors import PROJECTORS
@@ -74,6 +78,21 @@ def test_encoders():
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "resampler", "qformer", "latent"])
+def test_conformers():
+    sizes = dict(embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256)
+    waveform = WaveformConvolutions((32, 32, 32), (10, 3, 2), (5, 2, 2))
+    for config, bound in (
+        (ConformerConfig(80, 96, MelSubsampling(4, 32), positions="none", **sizes), 1.07),
+        (ConformerConfig(1, 1000, waveform, positions="rotary", **sizes), 1.07),
+        # the map of places, once a batch, is not counted
+        (ConformerConfig(80, 96, MelSubsampling(4, 32), **sizes), 1.12),
+    ):
+        values = floats(8, config.max_frames, config.num_mels)
+        flops = forward_flops(replace(CONFIG, audio=config), Work(0, 0, clips=8))["audio"]
+        assert 1.0 <= counted(Conformer(config), values, ints(8)) / flops <= bound
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "resampler"])
 def test_projectors(kind):
     config = ProjectorConfig(kind, (2, 2), hidden_dim=128, num_queries=8, mlp_dim=160)
     whole = MultimodalConfig(CONFIG.vision, None, config, decoder=CONFIG.decoder)

@@ -16,6 +16,8 @@ from mm_jax.models import (
     AudioEncoder,
     AudioEncoderConfig,
     BranchProjector,
+    Conformer,
+    ConformerConfig,
     Decoder,
     DecoderConfig,
     DenseHeads,
@@ -26,6 +28,7 @@ from mm_jax.models import (
     HybridConfig,
     HybridEncoder,
     LatentReader,
+    MelSubsampling,
     MLPProjector,
     MultimodalConfig,
     MultimodalLM,
@@ -48,6 +51,7 @@ SAM = SamConfig(
     8, 2, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8, out_dim=2, window=3, full_layers=(1,)
 )
 AUDIO = AudioEncoderConfig(3, 8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8)
+CONFORMER = ConformerConfig(3, 8, MelSubsampling(2, 4), embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8)
 DECODER = DecoderConfig(11, embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=8)
 
 
@@ -74,6 +78,7 @@ CASES = {
     "Experts": (Experts(ExpertConfig(3, 2, 4)), (X,), None),
     "NativeViT": (NativeViT(NATIVE), (random(1, 4, 12), IDS // 2, np.stack([IDS, IDS], -1)), None),
     "AudioEncoder": (AudioEncoder(AUDIO), (BATCH["audio_values"][0], np.array([5])), None),
+    "Conformer": (Conformer(CONFORMER), (BATCH["audio_values"][0], np.array([5])), None),
     "MLPProjector": (MLPProjector(ProjectorConfig(merge=(2, 1), hidden_dim=4), 6), (X, (2, 2)), None),
     "Resampler": (
         Resampler(ProjectorConfig("resampler", hidden_dim=8, num_queries=2, num_heads=2), 6),
