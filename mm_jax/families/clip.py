@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from mm_jax.errors import UserError
 from mm_jax.families.family import LINEAR, Family, System, Weight
 from mm_jax.families.fields import Fields
 from mm_jax.models import ViTConfig
@@ -48,25 +45,33 @@ def common(fields: Fields, output: Output, **options: Any) -> ViTConfig:
     """The fields that all towers of this shape share; `options` are those of `ViTConfig`."""
     if fields("num_channels") != 3:
         raise fields.unsupported("num_channels")
-    size, total = fields.square("image_size"), fields("num_hidden_layers")
-    layers = [layer if layer >= 0 else total + 1 + layer for layer in output.layers] or [total]
-    if not all(0 <= layer <= total for layer in layers):
-        raise fields.unsupported("num_hidden_layers", f"hidden states {list(output.layers)} are asked for")
+    size = fields.square("image_size")
+    num_layers, feature_layers = hidden_layers(fields, output)
     config = ViTConfig(
         height=size,
         width=size,
         patch_size=fields.square("patch_size"),
         embed_dim=fields("hidden_size"),
-        num_layers=max(*layers, 1),
+        num_layers=num_layers,
         num_heads=fields("num_attention_heads"),
         mlp_dim=fields("intermediate_size"),
         activation=fields.activation("hidden_act"),
         norm_eps=fields("layer_norm_eps"),
-        feature_layers=() if layers == [max(*layers, 1)] else tuple(layers),
+        feature_layers=feature_layers,
         **options,
     )
     fields.finish()
     return config
+
+
+def hidden_layers(fields: Fields, output: Output) -> tuple[int, tuple[int, ...]]:
+    """The number of blocks that the output needs, and `ViTConfig.feature_layers`."""
+    total = fields("num_hidden_layers")
+    layers = [layer if layer >= 0 else total + 1 + layer for layer in output.layers] or [total]
+    if not all(0 <= layer <= total for layer in layers):
+        raise fields.unsupported("num_hidden_layers", f"hidden states {list(output.layers)} are asked for")
+    last = max(*layers, 1)
+    return last, () if layers == [last] else tuple(layers)
 
 
 def weights(config: ViTConfig, theirs: str = "", ours: str = "") -> tuple[Weight, ...]:
@@ -106,16 +111,6 @@ def weights(config: ViTConfig, theirs: str = "", ours: str = "") -> tuple[Weight
     return tuple(table)
 
 
-def inputs(config: ViTConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """pixel_values [n, 3, H, W] as the tower takes them. Raises UserError for pictures of another size."""
-    pixels, size = arrays["pixel_values"], (3, config.height, config.width)
-    if pixels.ndim != 4 or pixels.shape[1:] != size:
-        raise UserError(
-            f"pixel_values has shape {list(pixels.shape)}, [pictures, {', '.join(map(str, size))}] is needed"
-        )
-    return {"pixel_values": np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))}
-
-
 def unused(theirs: str = "") -> tuple[str, ...]:
     """Patterns of what a system may leave aside: later blocks, the last norm, the pooling head."""
     return tuple(f"{theirs}{name}.*" for name in ("encoder.layers", "post_layernorm", "head"))
@@ -123,7 +118,7 @@ def unused(theirs: str = "") -> tuple[str, ...]:
 
 def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     config = tower(values, Output(), "config.json")
-    return System(config, weights(config), unused=unused(), takes=("pixel_values",), inputs=inputs)
+    return System(config, weights(config), unused=unused())
 
 
 FAMILY = Family("clip_vision_model", ("image",), _system, RENAMES)

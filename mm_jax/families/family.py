@@ -120,9 +120,11 @@ class Names(frozenset[str]):
         return names
 
 
-def linear(theirs: str, ours: str, bias: bool = True, pattern: str = LINEAR) -> list[Weight]:
+def linear(
+    theirs: str, ours: str, bias: bool = True, pattern: str = LINEAR, sizes: tuple[tuple[str, int], ...] = ()
+) -> list[Weight]:
     """A linear map or convolution."""
-    kernel = Weight(f"{theirs}.weight", f"{ours}/kernel", pattern)
+    kernel = Weight(f"{theirs}.weight", f"{ours}/kernel", pattern, sizes)
     return [kernel, Weight(f"{theirs}.bias", f"{ours}/bias")] if bias else [kernel]
 
 

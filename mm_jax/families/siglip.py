@@ -7,7 +7,7 @@ from typing import Any
 
 from mm_jax.errors import UserError
 from mm_jax.families.clip import DEFAULTS as CLIP
-from mm_jax.families.clip import RENAMES, Output, common, inputs, unused, weights
+from mm_jax.families.clip import RENAMES, Output, common, unused, weights
 from mm_jax.families.family import Family, System
 from mm_jax.families.fields import Fields
 from mm_jax.models import ViTConfig
@@ -26,7 +26,7 @@ def tower(values: Mapping[str, Any], output: Output, where: str) -> ViTConfig:
 
 def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     config = tower(values, Output(), "config.json")
-    return System(config, weights(config), unused=unused(), takes=("pixel_values",), inputs=inputs)
+    return System(config, weights(config), unused=unused())
 
 
 FAMILY = Family("siglip_vision_model", ("image",), _system, RENAMES)

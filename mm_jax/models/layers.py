@@ -312,6 +312,7 @@ class EncoderBlock(nn.Module):
       layer_scale: a learned factor on each channel of what the two branches add (Touvron et al. 2021, CaiT), and its
         first value; None for no factors.
       key_bias: bias on the key (Whisper has none); None for the same as qkv_bias.
+      gated: the MLP is gated.
     """
 
     num_heads: int
@@ -325,6 +326,7 @@ class EncoderBlock(nn.Module):
     qk_norm: bool = False
     layer_scale: float | None = None
     key_bias: bool | None = None
+    gated: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
@@ -345,7 +347,7 @@ class EncoderBlock(nn.Module):
             key_bias=self.key_bias, name="attention",
         )  # fmt: skip
         x = x + scaled("attention_scale", attend(norm("attention_norm")(x), mask=mask)[0])
-        mlp = MLP(self.mlp_dim, self.activation, dtype=self.dtype, name="mlp")
+        mlp = MLP(self.mlp_dim, self.activation, self.gated, dtype=self.dtype, name="mlp")
         x = x + scaled("mlp_scale", mlp(norm("mlp_norm")(x)))
         return x, x if self.collect else None
 

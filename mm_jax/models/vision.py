@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
+from mm_jax.models.interpolation import resize_table
 from mm_jax.models.layers import Activation, EncoderBlock, Norm, layer_norm, sincos_2d, stack
 
 
@@ -27,6 +28,10 @@ class ViTConfig:
       positions: whether there is a table of learned positions.
       position_init: the learned positions start as small noise or as 2-D sines and cosines, which tell
         neighbours apart from the first step on.
+      position_grid: (rows, columns) of the table of positions; a picture of another grid gets them interpolated
+        (DINOv2). Empty for that of height and width. smooth_positions: with antialiasing.
+      registers: learned tokens without positions behind the class token, given out and dropped with it.
+      gated: the blocks' MLP is gated.
       norm: kind of the norms inside the blocks; pre_norm and post_norm are layer norms.
       qkv_bias, qk_norm, layer_scale: of the blocks, see `mm_jax.models.layers.EncoderBlock` (InternViT).
     """
@@ -52,6 +57,10 @@ class ViTConfig:
     qkv_bias: bool = True
     qk_norm: bool = False
     layer_scale: float | None = None
+    position_grid: tuple[int, ...] = ()
+    smooth_positions: bool = False
+    registers: int = 0
+    gated: bool = False
 
     @property
     def inputs(self) -> dict[str, tuple[int, int]]:
@@ -65,8 +74,8 @@ class ViTConfig:
 
     @property
     def num_positions(self) -> int:
-        """Patches and class token."""
-        return self.grid[0] * self.grid[1] + (self.class_token != "none")
+        """Patches, class token and registers."""
+        return self.grid[0] * self.grid[1] + (self.class_token != "none") + self.registers
 
     @property
     def feature_grid(self) -> tuple[int, int]:
@@ -90,13 +99,15 @@ class VisionTransformer(nn.Module):
         """Encode pictures.
 
         Args:
-          pixel_values: float [N, H, W, 3], normalised.
+          pixel_values: float [N, H, W, 3], normalised; H and W those of the config, or any multiples of the patch with
+            a position_grid.
 
         Returns:
-          [N, features, feature_dim], one vector a patch, row by row, after that of a kept class token.
+          [N, features, feature_dim], one vector a patch, row by row, after that of a kept class token and registers.
         """
         c = self.config
         x = pixel_values
+        grid = (x.shape[1] // c.patch_size, x.shape[2] // c.patch_size)
         for k, channels in enumerate(c.stem):
             x = nn.Conv(channels, (3, 3), (2, 2), padding=1, dtype=self.dtype, name=f"stem_conv{k}")(x)
             x = nn.relu(layer_norm(c.norm_eps, self.dtype, f"stem_norm{k}")(x))
@@ -107,14 +118,25 @@ class VisionTransformer(nn.Module):
             token = self.param("class_token", nn.initializers.normal(0.02), (c.embed_dim,))
             x = jnp.concatenate([repeat(token.astype(self.dtype), "d -> n 1 d", n=x.shape[0]), x], axis=1)
         if c.positions:
-            positions = self.param("positions", self._first_positions, (x.shape[1], c.embed_dim))
+            table = tuple(c.position_grid) or grid
+            first = x.shape[1] - grid[0] * grid[1]
+            shape = (first + table[0] * table[1], c.embed_dim)
+            positions = self.param("positions", self._first_positions, shape)
+            if table != grid:
+                resized = resize_table(positions[first:], table, grid, c.smooth_positions)
+                positions = jnp.concatenate([positions[:first], resized.astype(positions.dtype)])
             x = x + positions.astype(self.dtype)
+        if c.registers:
+            shape = (c.registers, c.embed_dim)
+            registers = self.param("registers", nn.initializers.normal(0.02), shape).astype(self.dtype)
+            registers = repeat(registers, "r d -> n r d", n=x.shape[0])
+            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
         if c.pre_norm:
             x = layer_norm(c.norm_eps, self.dtype, "pre_norm")(x)
         several = bool(c.feature_layers)
         block = stack(EncoderBlock, c.num_layers, nn.broadcast)(
             c.num_heads, c.mlp_dim, c.activation, c.norm_eps, self.dtype, several, c.norm, c.qkv_bias, c.qk_norm,
-            c.layer_scale, name="layers",
+            c.layer_scale, gated=c.gated, name="layers",
         )  # fmt: skip
         before = x
         x, states = block(x, None)
@@ -122,12 +144,12 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([states[k - 1] if k else before for k in c.feature_layers], axis=-1)
         elif c.post_norm:
             x = layer_norm(c.norm_eps, self.dtype, "norm")(x)
-        return x[:, 1:] if c.class_token == "drop" else x
+        return x[:, 1 + c.registers :] if c.class_token == "drop" else x
 
     def _first_positions(self, key: jax.Array, shape: tuple[int, int]) -> jax.Array:
         """[class token and patches, embed_dim]; the class token has no place in the picture."""
         c = self.config
         if c.position_init == "normal":
             return nn.initializers.normal(0.02)(key, shape)
-        table = jnp.asarray(sincos_2d(c.grid, c.embed_dim))
+        table = jnp.asarray(sincos_2d(tuple(c.position_grid) or c.grid, c.embed_dim))
         return jnp.pad(table, ((shape[0] - len(table), 0), (0, 0)))
