@@ -64,6 +64,7 @@ from mm_jax.families.family import Family, Names, System, Weight
 FAMILIES: dict[str, Family] = {
     "blip-2": blip_2.FAMILY,
     "blip_2_vision_model": blip_2.TOWER,
+    "clip": clip.WHOLE,
     "clip_vision_model": clip.FAMILY,
     "deepseek_vl": deepseek_vl.FAMILY,
     "deepseek_vl_hybrid": deepseek_vl.HYBRID,
@@ -102,6 +103,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": qwen3_vl.FAMILY,
     "qwen3_vl_moe": qwen3_vl_moe.FAMILY,
     "sam_vision_model": sam.FAMILY,
+    "siglip": siglip.WHOLE,
     "siglip_vision_model": siglip.FAMILY,
     "wav2vec2-conformer": wav2vec2_conformer.FAMILY,
     "whisper": whisper.FAMILY,

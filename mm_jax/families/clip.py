@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from mm_jax.families.family import LINEAR, Family, System, Weight
@@ -121,4 +122,17 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     return System(config, weights(config), unused=unused())
 
 
+def whole(read: Callable[..., ViTConfig], values: Mapping[str, Any], names: frozenset[str]) -> System:
+    """The tower of a checkpoint that holds towers of pictures and of texts; that of texts is left aside."""
+    fields = Fields(values, {"vision_config": {}})
+    fields.skip("text_config", "projection_dim", "logit_scale_init_value", "initializer_factor")
+    fields.skip("vision_config_dict", "text_config_dict")  # of old files, once more the same
+    config = read(fields("vision_config"), Output(), "config.json: vision_config")
+    fields.finish()
+    table = weights(config, "vision_model.")
+    others = ("text_model.*", "visual_projection.*", "text_projection.*", "logit_scale", "logit_bias")
+    return System(config, table, unused=(*unused("vision_model."), *others))
+
+
 FAMILY = Family("clip_vision_model", ("image",), _system, RENAMES)
+WHOLE = Family("clip", ("image",), partial(whole, tower))

@@ -76,8 +76,8 @@ def tower(values: Mapping[str, Any], output: Output, where: str) -> ViTConfig:
 def original_tower(values: Mapping[str, Any], output: Output, where: str) -> ViTConfig:
     """The same tower with the field names of OpenGVLab's own checkpoints."""
     fields = Fields(values, ORIGINAL_DEFAULTS, where)
-    # kernels, stochastic depth, settings of generation that old configs repeat for every part
-    fields.skip("use_flash_attn", "drop_path_rate", "use_bfloat16", *GENERATION)
+    # kernels, stochastic depth
+    fields.skip("use_flash_attn", "drop_path_rate", "use_bfloat16")
     if not values.get("use_moe"):
         fields.skip(*EXPERTS)
     return common(

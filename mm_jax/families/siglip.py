@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from mm_jax.errors import UserError
 from mm_jax.families.clip import DEFAULTS as CLIP
-from mm_jax.families.clip import RENAMES, Output, common, unused, weights
+from mm_jax.families.clip import RENAMES, Output, common, unused, weights, whole
 from mm_jax.families.family import Family, System
 from mm_jax.families.fields import Fields
 from mm_jax.models import ViTConfig
@@ -30,3 +31,4 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
 
 
 FAMILY = Family("siglip_vision_model", ("image",), _system, RENAMES)
+WHOLE = Family("siglip", ("image",), partial(whole, tower))

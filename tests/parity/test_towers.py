@@ -18,6 +18,24 @@ CASES = {
 }
 
 
+DINO = dict(
+    image_size=28, patch_size=7, num_hidden_layers=2, num_attention_heads=3, hidden_size=24, mlp_ratio=2
+)
+DINOS = {
+    "dinov2": ("Dinov2", DINO),
+    "dinov2-swiglu": ("Dinov2", DINO | dict(use_swiglu_ffn=True, qkv_bias=False, layer_norm_eps=1e-3)),
+    "dinov2-registers": ("Dinov2WithRegisters", DINO | dict(num_register_tokens=3, hidden_act="relu")),
+}
+
+
+def came_back(model, directory) -> None:
+    """What we saved is what transformers loads, tensor by tensor."""
+    loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    for key, value in model.state_dict().items():
+        assert value.equal(loaded.state_dict()[key]), key
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_matches_transformers(case, tmp_path):
     """Features, tensors that we leave aside included on the way back, and both spellings of the names."""
@@ -36,10 +54,43 @@ def test_matches_transformers(case, tmp_path):
         assert 0.1 < expected.std() < 10
         assert np.abs(ours - expected).max() <= 1e-4
     mm_jax.save(tower, tmp_path / "out")
-    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    for key, value in model.state_dict().items():
-        assert value.equal(loaded.state_dict()[key]), key
+    came_back(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", DINOS)
+def test_dinov2(case, tmp_path):
+    """Pictures of the table's size, larger, smaller, wider than high, and not of whole patches."""
+    name, options = DINOS[case]
+    model = theirs.build(getattr(transformers, f"{name}Config")(**options), tmp_path / "in", f"{name}Model")
+    tower = mm_jax.load(tmp_path / "in")
+    for height, width in ((28, 28), (42, 42), (14, 35), (30, 27)):
+        pixels = np.random.default_rng(height).normal(size=(2, 3, height, width)).astype(np.float32)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(pixels)).last_hidden_state.numpy()
+        ours = np.asarray(tower.apply(tower.params, tower.batch(pixel_values=pixels)))
+        assert ours.shape == expected.shape
+        assert 0.1 < expected.std() < 10
+        assert np.abs(ours - expected).max() <= 1e-4
+    mm_jax.save(tower, tmp_path / "out")
+    came_back(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_towers_of_two_tower_checkpoints(name, tmp_path):
+    """The picture tower of a checkpoint that has one of texts too, which is kept."""
+    text = dict(vocab_size=20, max_position_embeddings=8, hidden_size=24, intermediate_size=24, num_hidden_layers=1,
+                num_attention_heads=2)  # fmt: skip
+    vision = dict(theirs.VISION, image_size=24, patch_size=8)
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
+    model = theirs.build(config, tmp_path / "in", f"{name}Model")
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 24, 24)).astype(np.float32)
+    with torch.no_grad():
+        expected = model.vision_model(torch.from_numpy(pixels)).last_hidden_state.numpy()
+    tower = mm_jax.load(tmp_path / "in")
+    ours = np.asarray(tower.apply(tower.params, tower.batch(pixel_values=pixels)))
+    assert np.abs(ours - expected).max() <= 1e-4
+    mm_jax.save(tower, tmp_path / "out")
+    came_back(model, tmp_path / "out")
 
 
 def test_a_wrong_picture(tmp_path):
