@@ -30,8 +30,9 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
     """FLOPs of one forward pass by part: vision, image_projector, audio, audio_projector, decoder."""
     flops = {}
 
-    def blocks(width: int, layers: int, mlp: int, positions: int) -> float:
-        return layers * positions * (2 * (4 * width**2 + 2 * width * mlp) + 4 * width * positions)
+    def blocks(width: int, layers: int, mlp: int, positions: int, gated: bool = False) -> float:
+        maps = 4 * width**2 + (3 if gated else 2) * width * mlp
+        return layers * positions * (2 * maps + 4 * width * positions)
 
     def projector(name: str, features: int, positions: int, tokens: int) -> float:
         p = getattr(config, name)
@@ -74,7 +75,7 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
             channels = wider
         embed += 2 * pixels * channels * v.embed_dim
         flops["vision"] = work.images * (
-            embed + blocks(v.embed_dim, v.num_layers, v.mlp_dim, v.num_positions)
+            embed + blocks(v.embed_dim, v.num_layers, v.mlp_dim, v.num_positions, v.gated)
         )
         rows, cols = v.feature_grid
         flops["image_projector"] = work.images * projector(
