@@ -8,7 +8,7 @@ from typing import Any
 
 from mm_jax.families.clip import Output, common
 from mm_jax.families.family import LINEAR, Family, Part, System, Weight
-from mm_jax.families.fields import GENERATION, Fields
+from mm_jax.families.fields import Fields
 from mm_jax.models import ViTConfig
 
 SHARED = {
