@@ -10,8 +10,8 @@ from mm_jax.errors import UserError
 from mm_jax.models.layers import Activation
 from mm_jax.models.rotary import RopeScaling
 
-# Fields that change no number of a forward pass: names, files, first weights, dropout, generation, whose settings old
-# configs repeat for every part. Whether embeddings are tied is read off the tensors.
+# Fields that change no number of a forward pass: names, files, first weights, dropout, generation. Whether embeddings
+# are tied is read off the tensors.
 HARMLESS = frozenset(
     """
     _name_or_path _commit_hash architectures model_type transformers_version dtype torch_dtype use_cache
@@ -19,12 +19,6 @@ HARMLESS = frozenset(
     pad_token_id unk_token_id sep_token_id return_dict output_attentions output_hidden_states chunk_size_feed_forward
     is_encoder_decoder is_decoder id2label label2id num_labels problem_type pretraining_tp tie_word_embeddings
     finetuning_task prefix task_specific_params auto_map ignore_index unsloth_fixed unsloth_version
-    bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
-    forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size
-    num_beam_groups num_beams num_return_sequences output_scores pruned_heads remove_invalid_values
-    repetition_penalty return_dict_in_generate suppress_tokens temperature tf_legacy_loss tie_encoder_decoder
-    tokenizer_class top_k top_p torchscript typical_p
     """.split()
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mm_jax.families.clip import Output, common
 from mm_jax.families.family import LINEAR, Family, Part, System, Weight
-from mm_jax.families.fields import Fields
+from mm_jax.families.fields import GENERATION, Fields
 from mm_jax.models import ViTConfig
 
 SHARED = {
@@ -76,8 +76,8 @@ def tower(values: Mapping[str, Any], output: Output, where: str) -> ViTConfig:
 def original_tower(values: Mapping[str, Any], output: Output, where: str) -> ViTConfig:
     """The same tower with the field names of OpenGVLab's own checkpoints."""
     fields = Fields(values, ORIGINAL_DEFAULTS, where)
-    # kernels, stochastic depth
-    fields.skip("use_flash_attn", "drop_path_rate", "use_bfloat16")
+    # kernels, stochastic depth, settings of generation that old configs repeat for every part
+    fields.skip("use_flash_attn", "drop_path_rate", "use_bfloat16", *GENERATION)
     if not values.get("use_moe"):
         fields.skip(*EXPERTS)
     return common(

@@ -115,7 +115,7 @@ def test_features_of_waveforms(case, tmp_path):
     extract.save_pretrained(tmp_path)
     lm = mm_jax.load(tmp_path)
     waves = [wave(s, k) for k, s in enumerate((0.4, 1.0, 0.013, 1 / RATE, 1.7))]
-    ours = lm.preprocess(audio=[(samples, RATE) for samples in waves])
+    ours = lm.checkpoint.rule.audio(waves)
     options = dict(sampling_rate=RATE, return_tensors="np")
     if case == "qwen2_audio":
         expected = extract(waves, return_attention_mask=True, **options)
