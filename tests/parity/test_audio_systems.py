@@ -140,7 +140,7 @@ def test_messages(tmp_path):
     processor = transformers.Qwen2AudioProcessor(extract, tokenizer)
     processor.save_pretrained(tmp_path)
     lm = mm_jax.load(tmp_path)
-    question = "what is in the picture?"
+    question, compared = "what is in the picture?", 0
     for seconds in ((0.5,), (0.8, 0.21), ()):
         waves = [wave(s, k) for k, s in enumerate(seconds)]
         content = [*({"type": "audio", "audio": w} for w in waves), {"type": "text", "text": question}]
@@ -159,4 +159,6 @@ def test_messages(tmp_path):
         close = np.flatnonzero(margins[0] < 0.02)
         length = int(close[0]) if len(close) else 8
         said = lm.generate(batch, 8, ignore_eos=True)[0]
-        assert length and said[:length].tolist() == ids[0][:length].tolist()
+        assert said[:length].tolist() == ids[0][:length].tolist()
+        compared += length
+    assert compared, "the reference's choices are too close to compare"
