@@ -140,7 +140,8 @@ def same_features(model, lm, arrays):
     batch = lm.batch(**arrays)
     ours = np.asarray(lm.model.apply({"params": lm.params}, batch, method="encode"))
     rows, places = np.nonzero(batch["media_index"] >= 0)
-    ours = ours[rows, batch["media_index"][rows, places]]
+    # behind them stand the features for the decoder's first layers
+    ours = ours[rows, batch["media_index"][rows, places], : lm.config.decoder.embed_dim]
     with torch.no_grad():
         inputs = (torch.from_numpy(arrays[k]) for k in ("pixel_values", "image_grid_thw"))
         expected = torch.cat(model.model.get_image_features(*inputs).pooler_output).numpy()
