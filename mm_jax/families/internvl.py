@@ -66,7 +66,7 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     projector = ProjectorConfig(
         "mlp",
         _merge(fields),
-        text.decoder.embed_dim,
+        hidden_dim=text.decoder.embed_dim,
         activation=fields.activation("projector_hidden_act"),
         norm_eps=PROJECTOR_EPS,
     )
@@ -145,7 +145,7 @@ def _original_system(values: Mapping[str, Any], names: frozenset[str]) -> System
     projector = ProjectorConfig(
         "mlp",
         _merge(fields),
-        text.decoder.embed_dim,
+        hidden_dim=text.decoder.embed_dim,
         activation="gelu",
         order="columns" if version == "v1" else "rows",
         norm_eps=PROJECTOR_EPS,

@@ -72,7 +72,7 @@ def _system(values: Mapping[str, Any], names: Names) -> System:
     decoder = replace(text.decoder, adapter_rank=rank, adapter_scale=alpha / rank)
     text = replace(text, decoder=decoder, weights=_decoder_weights)
     merge = (2, 2) if tiled else (1, 1)
-    projector = ProjectorConfig("mlp", merge, decoder.embed_dim, activation="gelu", norm=False)
+    projector = ProjectorConfig("mlp", merge, hidden_dim=decoder.embed_dim, activation="gelu", norm=False)
     config = MultimodalConfig(
         vision,
         None,

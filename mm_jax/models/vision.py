@@ -112,6 +112,7 @@ class VisionTransformer(nn.Module):
             x = nn.Conv(channels, (3, 3), (2, 2), padding=1, dtype=self.dtype, name=f"stem_conv{k}")(x)
             x = nn.relu(layer_norm(c.norm_eps, self.dtype, f"stem_norm{k}")(x))
         p = c.patch_size // 2 ** len(c.stem)
+        x = x[:, : grid[0] * p, : grid[1] * p]  # what is left beside whole patches is not seen
         patches = rearrange(x, "n (h p) (w q) c -> n (h w) (p q c)", p=p, q=p)
         x = nn.Dense(c.embed_dim, use_bias=c.patch_bias, dtype=self.dtype, name="patch_embed")(patches)
         if c.class_token != "none":

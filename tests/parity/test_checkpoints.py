@@ -179,8 +179,12 @@ def test_every_parameter_has_a_weight(kind, tmp_path):
         values["num_hidden_layers"] = 2
     elif "text" not in takes:
         values |= {"num_hidden_layers": 2, "image_size": 224}
-    if kind == "qwen2_vl":  # the reference's own defaults do not fit each other
+    # the reference's own defaults do not fit each other
+    widths = {"qwen2_5_vl": 8192, "qwen3_vl": 4096, "qwen3_vl_moe": 2048}
+    if kind == "qwen2_vl":
         values["vision_config"] = {"hidden_size": 8192}
+    elif kind in widths:
+        values["vision_config"] = {"out_hidden_size": widths[kind]}
     for names in (frozenset(), frozenset({"lm_head.weight", "language_model.lm_head.weight"})):
         system = FAMILIES[kind].system(values, Names(names))
         paths = [weight.path for weight in system.weights]
