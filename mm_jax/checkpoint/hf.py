@@ -140,14 +140,15 @@ def load_hf(
         system = dataclasses.replace(system, config=dataclasses.replace(system.config, dtype=dtype))
     place = place or (lambda path, shape: SingleDeviceSharding(jax.devices()[0]))
     params = {
-        weight.path: _read(weight, tensors, shapes[weight.path], cast, place) for weight in system.weights
+        weight.path: read_weight(weight, tensors, shapes[weight.path], cast, place)
+        for weight in system.weights
     }
     checkpoint = HFCheckpoint(
         opened.family,
         opened.directory,
         dtype,
         opened.values,
-        _stop_ids(opened.directory, system),
+        stop_ids(opened.directory, system),
         system,
         opened.rule(),
         tuple(sorted(_small_files(opened.directory))),
@@ -178,7 +179,8 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _stop_ids(directory: Path, system: System) -> tuple[int, ...]:
+def stop_ids(directory: Path, system: System) -> tuple[int, ...]:
+    """The tokens that end an answer."""
     path = directory / "generation_config.json"
     found = _json(path).get("eos_token_id") if path.is_file() else None
     default = system.text.stop_ids if system.text else ()
@@ -257,7 +259,7 @@ def _some(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _read(
+def read_weight(
     weight: Weight,
     tensors: Mapping[str, StoredTensor],
     shape: tuple[int, ...],

@@ -57,6 +57,8 @@ def show(config: "RunConfig") -> None:
     from mm_jax.data.sources import open_source
     from mm_jax.train.setup import sample
 
+    if config.processor is None:
+        raise UserError("data show works with a processor of the config's own, not with one from init")
     make_missing(config)
     sources = {name: open_source(name, s, config.data_dir) for name, s in config.sources.items()}
     looked = {name: sample(source, SHOWN) for name, source in sources.items()}

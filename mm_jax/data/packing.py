@@ -96,7 +96,10 @@ class Layout:
     def of(
         cls, processor: Any, *, targets: bool = False, names: bool = False, two_way: str = "none"
     ) -> Layout:
-        """The layout of what `Processor.example(..., targets=targets, names=names)` makes."""
+        """The layout of what `Processor.example(..., targets=targets, names=names)` makes, or a `PretrainedProcessor`
+        that knows it."""
+        if (known := getattr(processor, "layout", None)) is not None:
+            return known
         config = processor.config
         fields: dict[str, Any] = {"pad_id": processor.pad_id, "names": names, "two_way": two_way}
         if config.image is not None:

@@ -26,6 +26,7 @@ from mm_jax.data.messages import (
     Video,
     parts_from_json,
 )
+from mm_jax.data.packing import Layout
 from mm_jax.data.pretrained_tokenizer import PretrainedTokenizer
 from mm_jax.errors import UserError
 
@@ -41,6 +42,7 @@ class PretrainedProcessor:
       template: None where the directory has none; then only text and arrays can be used.
       rule: of the family.
       pad_id, stop_ids: of the checkpoint.
+      layout: shapes of the media slots, for who makes batches without knowing the model.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class PretrainedProcessor:
         *,
         pad_id: int,
         stop_ids: Sequence[int],
+        layout: Layout | None = None,
     ):
         self.tokenizer, self.template, self.rule = tokenizer, template, rule
-        self.pad_id, self.stop_ids = pad_id, tuple(stop_ids)
+        self.pad_id, self.stop_ids, self.layout = pad_id, tuple(stop_ids), layout
         self._tokens = {kind: self._token(token) for kind, token in rule.tokens.items()}
 
     def _token(self, token: int) -> str:
@@ -71,6 +74,7 @@ class PretrainedProcessor:
         pad_id: int,
         stop_ids: Sequence[int],
         template: str | None = None,
+        layout: Layout | None = None,
     ) -> PretrainedProcessor:
         """From the files of a directory.
 
@@ -82,7 +86,7 @@ class PretrainedProcessor:
         tokenizer = PretrainedTokenizer.load(directory)
         source = read_template(directory) or template
         found = None if source is None else ChatTemplate(source, tokenizer.named)
-        return cls(tokenizer, found, rule, pad_id=pad_id, stop_ids=stop_ids)
+        return cls(tokenizer, found, rule, pad_id=pad_id, stop_ids=stop_ids, layout=layout)
 
     def prompt(
         self,

@@ -58,6 +58,15 @@ class PretrainedTokenizer:
                 token.special = token.special or token.content in special
                 self.backend.add_tokens([token])
 
+    def add(self, tokens: Sequence[str]) -> None:
+        """Special tokens that the tokenizer is to have besides; those that it has stay as they are."""
+        self.backend.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+
+    @property
+    def size(self) -> int:
+        """The largest id, plus one."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
     def encode(self, text: str, around: bool = False) -> tuple[int, ...]:
         """Ids of a text.
 

@@ -87,14 +87,42 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Where the first weights come from. What is said nothing of starts fresh.
+
+    With a decoder, a new model is put together: the encoders that are named here and the decoder are those of the
+    checkpoints, whatever `RunConfig.model` says of them, and between them stand its projectors. The tokenizer and chat
+    template are those of the decoder's directory, with a token for each kind of media added, and how pictures and
+    clips are prepared says the encoder's; so `RunConfig.processor` must be None.
+    """
+
+    run: str = ""
+    """Another run's directory: the newest weights of the parts that both models have, and its tokenizer."""
+    stage: str = ""
+    """Of that run."""
+    decoder: str = ""
+    """Hugging Face directory of a decoder, or of a system that has one."""
+    vision: str = ""
+    """The same of a vision tower."""
+    audio: str = ""
+    """The same of an audio encoder."""
+    vision_layers: tuple[int, ...] = ()
+    """Which hidden states the tower gives out, -1 for those after its last block; empty for its own output."""
+    keep_class_token: bool = False
+    """Give out that of a vision tower as well."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides the result of a run."""
 
     name: str
     model: MultimodalConfig
-    processor: ProcessorConfig
+    processor: ProcessorConfig | None
+    """None for that of `init.decoder`."""
     sources: dict[str, SourceConfig]
     stages: dict[str, Stage]
+    init: InitConfig = InitConfig()
     vocab_size: int = 2048
     """Wanted size of the tokenizer trained on the run's own text; small text may give fewer."""
     seed: int = 0
@@ -168,6 +196,7 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: the first one found.
     """
+    check_init(config)
     if not config.stages:
         raise UserError("stages is empty: a run needs at least one stage")
     for name, stage in config.stages.items():
@@ -195,6 +224,36 @@ def check(config: RunConfig) -> None:
             raise UserError(f"{where}.optimizer.learning_rate is {stage.optimizer.learning_rate}")
     if config.checkpoint.keep_last < 1:
         raise UserError("checkpoint.keep_last must be at least 1, or a run could not be resumed")
+
+
+def check_init(config: RunConfig) -> None:
+    """Raises UserError where the fields of `init` contradict each other or the rest."""
+    init = config.init
+    parts = {name: getattr(init, name) for name in ("decoder", "vision", "audio")}
+    if init.run and any(parts.values()):
+        raise UserError(
+            "init.run is another run with all its parts: leave init.decoder, vision and audio empty"
+        )
+    if init.stage and not init.run:
+        raise UserError(f'init.stage is "{init.stage}", but there is no init.run')
+    if not init.decoder:
+        if init.vision or init.audio:
+            raise UserError("init.vision and init.audio need init.decoder, whose tokenizer the run has")
+        if config.processor is None and not init.run:
+            raise UserError("processor is None: only a run with init.decoder has one from there")
+        return
+    if config.processor is not None:
+        raise UserError("processor must be None: that of init.decoder is taken")
+    for name in ("vision", "audio"):
+        if getattr(config.model, name) is not None and not parts[name]:
+            raise UserError(
+                f"model.{name} is set, but init.{name} is not: name a checkpoint, or set it to None"
+            )
+    for name, stage in config.stages.items():
+        if stage.loss != "next_token" or stage.naming:
+            raise UserError(
+                f"stages.{name}: a run with init.decoder has stages with the loss next_token and without naming"
+            )
 
 
 def save_config(config: RunConfig, run_dir: Path) -> None:

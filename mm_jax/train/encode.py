@@ -2,10 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
 
 from mm_jax.data.example import Example
-from mm_jax.data.messages import Conversation
+from mm_jax.data.messages import Audio, BadSample, Conversation, Image
+from mm_jax.data.pretrained import PretrainedProcessor
 from mm_jax.data.processor import Processor
 
 if TYPE_CHECKING:  # worker processes import this module: they need no jax
@@ -23,8 +26,10 @@ class Encode:
     names: bool
 
     @classmethod
-    def of(cls, processor: Processor, stage: "Stage") -> "Encode":
+    def of(cls, processor: Processor | PretrainedProcessor, stage: "Stage") -> "Encode | PretrainedEncode":
         """The encoding of a stage: a dense stage needs targets and no text."""
+        if isinstance(processor, PretrainedProcessor):
+            return PretrainedEncode(processor, stage.media, stage.answer_weight)
         config = dataclasses.replace(processor.config, answer_weight=stage.answer_weight)
         dense = stage.loss == "dense"
         return cls(Processor(config, processor.tokenizer), stage.media, not dense, dense, stage.naming > 0)
@@ -33,3 +38,48 @@ class Encode:
         return self.processor.example(
             conversation, media=self.media, text=self.text, targets=self.targets, names=self.names
         )
+
+
+@dataclass(frozen=True)
+class PretrainedEncode:
+    """The same with the tokenizer and template of a checkpoint, which have neither dense targets nor names."""
+
+    processor: PretrainedProcessor
+    media: bool
+    answer_weight: Literal["token", "sqrt"]
+    targets: ClassVar[bool] = False
+    names: ClassVar[bool] = False
+
+    def __call__(self, conversation: Conversation) -> Example:
+        """Raises BadSample for what cannot be trained on."""
+        if conversation.rejected is not None:
+            raise BadSample("a preference pair, in a stage that has no use for it", "preference_pair")
+        if not self.media:
+            conversation = _text_alone(conversation)
+        example = self.processor.example(conversation)
+        if not example.loss_weights.any():
+            raise BadSample("no answer to train on", "no_trainable_token")
+        if self.answer_weight == "token":
+            return example
+        return dataclasses.replace(example, loss_weights=_by_length(example.loss_weights))
+
+
+def _text_alone(conversation: Conversation) -> Conversation:
+    messages = (
+        dataclasses.replace(m, parts=tuple(p for p in m.parts if not isinstance(p, Image | Audio)))
+        for m in conversation.messages
+    )
+    return dataclasses.replace(conversation, messages=tuple(messages))
+
+
+def _by_length(weights: np.ndarray) -> np.ndarray:
+    """Each of the n tokens of an answer weighs 1 / sqrt(n).
+
+    >>> _by_length(np.array([0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0])).tolist()
+    [0.0, 0.5, 0.5, 0.5, 0.5, 0.0, 1.0]
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], weights > 0, [0]]).astype(int)))
+    found = weights.copy()
+    for start, end in edges.reshape(-1, 2):
+        found[start:end] = 1 / np.sqrt(end - start)
+    return found

@@ -21,6 +21,7 @@ from mm_jax.train.encode import Encode
 from mm_jax.train.optimizer import optimizer, schedule, tree_bytes
 from mm_jax.train.setup import Setup, enable_compilation_cache, init_params, prepare
 from mm_jax.train.signals import StopSignals
+from mm_jax.train.start import first_params
 from mm_jax.train.state import TrainState
 from mm_jax.train.step import make_step
 
@@ -37,7 +38,7 @@ def train(config: RunConfig, run_dir: str | Path) -> bool:
     names = list(config.stages)
     found = latest(run_dir, names)
     first, done = found or (names[0], 0)
-    params = None if found else init_params(setup.model_config, config.seed)
+    params = None if found else first_params(setup.config, setup.model_config)
     with StopSignals() as stop:
         for name in names[names.index(first) :]:
             params = _StageRun(setup, name, params, done if name == first else 0).run(stop)

@@ -11,11 +11,13 @@ import numpy as np
 
 from mm_jax.checkpoint.run import load_params
 from mm_jax.data.messages import Conversation
-from mm_jax.data.processor import Processor, fit_processor
+from mm_jax.data.pretrained import PretrainedProcessor
+from mm_jax.data.processor import Processor
 from mm_jax.data.sources import Source, open_source
 from mm_jax.errors import UserError
 from mm_jax.models import MultimodalConfig, MultimodalLM, dummy_batch
 from mm_jax.train.config import RunConfig, check_same_run, read_config, save_config
+from mm_jax.train.start import complete_config, load_processor, write_processor
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Setup:
 
     config: RunConfig
     run_dir: Path
-    processor: Processor
+    processor: Processor | PretrainedProcessor
     model_config: MultimodalConfig
     sources: dict[str, Source]
 
@@ -44,6 +46,7 @@ def prepare(config: RunConfig, run_dir: Path) -> Setup:
         UserError: the directory holds a run of another config, a source cannot be opened, or model and
             processor do not fit each other.
     """
+    config = complete_config(config, run_dir)
     if (run_dir / "config.json").exists():
         check_same_run(config, run_dir)
     elif run_dir.is_dir() and any(run_dir.iterdir()):
@@ -57,13 +60,12 @@ def prepare(config: RunConfig, run_dir: Path) -> Setup:
         raise UserError(f'cannot make the run directory "{run_dir}": {error.strerror}') from None
     directory = run_dir / "processor"
     if not directory.exists():
-        conversations = [c for s in sources.values() for c in sample(s, config.tokenizer_conversations)]
-        processor = fit_processor(config.processor, conversations, config.vocab_size)
+        conversations = (c for s in sources.values() for c in sample(s, config.tokenizer_conversations))
         temporary = run_dir / "processor.tmp"
-        processor.save(temporary)
+        write_processor(config, conversations, temporary)
         save_config(config, run_dir)
         temporary.replace(directory)
-    processor = Processor.load(directory)
+    processor = load_processor(run_dir, config.model)
     save_config(config, run_dir)
     return Setup(config, run_dir, processor, complete_model(config.model, processor), sources)
 
@@ -79,8 +81,10 @@ def sample(source: Source, limit: int) -> list[Conversation]:
     return found
 
 
-def complete_model(model: MultimodalConfig, processor: Processor) -> MultimodalConfig:
-    """`model` with vocabulary and label counts of the fitted processor."""
+def complete_model(model: MultimodalConfig, processor: Processor | PretrainedProcessor) -> MultimodalConfig:
+    """`model` with vocabulary and label counts of a fitted processor; of a pretrained one it has them already."""
+    if isinstance(processor, PretrainedProcessor):
+        return model
     decoder = dataclasses.replace(model.decoder, vocab_size=processor.vocab_size)
     heads = model.heads
     if heads is not None:
@@ -97,6 +101,9 @@ def check_model(config: RunConfig) -> None:
         if here != there:
             raise UserError(f"{ours} is {here}, but {theirs} is {there}: they must be equal")
 
+    if rules is None:
+        _check_slots(config)
+        return
     if (model.vision is None) != (rules.image is None):
         raise UserError("model.vision and processor.image must both be set or both be None")
     if (model.audio is None) != (rules.audio is None):
@@ -111,11 +118,8 @@ def check_model(config: RunConfig) -> None:
         equal("processor.audio.num_mels", rule.num_mels, "model.audio.num_mels", audio.num_mels)
         equal("processor.audio.max_frames", rule.max_frames, "model.audio.max_frames", audio.max_frames)
         equal("processor.audio.num_tokens", rule.num_tokens, "the model's audio tokens", model.audio_tokens)
+    _check_slots(config)
     for name, stage in config.stages.items():
-        if stage.batch.images and model.vision is None:
-            raise UserError(f"stages.{name}.batch.images is {stage.batch.images}, but model.vision is None")
-        if stage.batch.audio and model.audio is None:
-            raise UserError(f"stages.{name}.batch.audio is {stage.batch.audio}, but model.audio is None")
         if stage.naming:
             check_naming(name, config)
         elif stage.loss != "dense":
@@ -128,6 +132,14 @@ def check_model(config: RunConfig) -> None:
         if model.audio is not None:
             positions, given = rules.targets.audio_positions, model.audio.num_positions
             equal("processor.targets.audio_positions", positions, "the model's audio positions", given)
+
+
+def _check_slots(config: RunConfig) -> None:
+    for name, stage in config.stages.items():
+        if stage.batch.images and config.model.vision is None:
+            raise UserError(f"stages.{name}.batch.images is {stage.batch.images}, but model.vision is None")
+        if stage.batch.audio and config.model.audio is None:
+            raise UserError(f"stages.{name}.batch.audio is {stage.batch.audio}, but model.audio is None")
 
 
 def check_naming(name: str, config: RunConfig) -> None:
@@ -152,7 +164,9 @@ def init_params(model: MultimodalConfig, seed: int) -> dict[str, Any]:
     return init(jax.random.key(seed))
 
 
-def read_run(run_dir: str | Path, stage: str | None = None) -> tuple[RunConfig, Processor, dict[str, Any]]:
+def read_run(
+    run_dir: str | Path, stage: str | None = None
+) -> tuple[RunConfig, Processor | PretrainedProcessor, dict[str, Any]]:
     """(config, processor, params) of a run, of its newest checkpoint or that of `stage`.
 
     `config.model` is complete: `MultimodalLM(config.model).apply({"params": params}, batch)` works.
@@ -162,7 +176,7 @@ def read_run(run_dir: str | Path, stage: str | None = None) -> tuple[RunConfig, 
     """
     config = read_config(run_dir)
     params = load_params(run_dir, stage)
-    processor = Processor.load(Path(run_dir) / "processor")
+    processor = load_processor(Path(run_dir), config.model)
     return dataclasses.replace(config, model=complete_model(config.model, processor)), processor, params
 
 

@@ -1,0 +1,147 @@
+"""Tokenizer, chat template and media settings of a model that was put together from parts, in one directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mm_jax.checkpoint.assembly import Part
+from mm_jax.checkpoint.hf import stop_ids
+from mm_jax.data.joined_rule import JoinedRule
+from mm_jax.data.media_rule import FixedImage, MediaRule, Settings
+from mm_jax.data.mel_rule import MelAudio
+from mm_jax.data.packing import Layout
+from mm_jax.data.pixels import PixelRule
+from mm_jax.data.pretrained import PretrainedProcessor
+from mm_jax.data.pretrained_tokenizer import PretrainedTokenizer
+from mm_jax.errors import UserError
+from mm_jax.models import AudioEncoderConfig, MultimodalConfig, ProjectorConfig, ViTConfig
+from mm_jax.models.encoders import AudioConfig
+
+MEDIA = {"image": "<image>", "audio": "<audio>"}
+ENCODERS = {"image": "vision", "audio": "audio"}
+SETTINGS = {"image": "image_processor", "audio": "feature_extractor"}  # as processor_config.json calls them
+IDS = "special_ids.json"
+FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+# of LLaVA-1.5 (Vicuna 1.1), for decoders without a chat template
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}"
+    "{% else %}{{ 'USER: ' + message['content'] + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def vocabulary(parts: Mapping[str, Part]) -> int:
+    """Tokens of the decoder's tokenizer with those for media."""
+    return _tokenizer(parts).size
+
+
+def _tokenizer(parts: Mapping[str, Part]) -> PretrainedTokenizer:
+    tokenizer = PretrainedTokenizer.load(parts["decoder"].opened.directory)
+    tokenizer.add([token for kind, token in MEDIA.items() if ENCODERS[kind] in parts])
+    return tokenizer
+
+
+def write_pretrained(parts: Mapping[str, Part], directory: Path) -> None:
+    """The decoder's tokenizer and template, with a token for each kind of media, and the encoders' settings."""
+    directory.mkdir(parents=True, exist_ok=True)
+    decoder = parts["decoder"].opened
+    for name in FILES:
+        if (decoder.directory / name).is_file():
+            shutil.copyfile(decoder.directory / name, directory / name)
+    _tokenizer(parts).backend.save(str(directory / "tokenizer.json"))
+    settings = {
+        SETTINGS[kind]: dict(Settings.read(parts[part].opened.directory).need(kind))
+        for kind, part in ENCODERS.items()
+        if part in parts
+    }
+    pad = None if decoder.system.text is None else decoder.system.text.pad_id
+    stops = stop_ids(decoder.directory, decoder.system)
+    for name, values in (("processor_config.json", settings), (IDS, {"stop": list(stops), "pad": pad})):
+        (directory / name).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def is_pretrained(directory: Path) -> bool:
+    """Whether `write_pretrained` wrote it."""
+    return (directory / IDS).is_file()
+
+
+def load_pretrained(directory: Path, model: MultimodalConfig) -> PretrainedProcessor:
+    """What `write_pretrained` wrote, for a model of these sizes. Raises UserError for damaged files."""
+    settings, tokenizer = Settings.read(directory), PretrainedTokenizer.load(directory)
+    rules: dict[str, MediaRule] = {}
+    if (vision := model.vision) is not None:
+        rules["image"] = FixedImage(
+            settings,
+            token_id=tokenizer.id(MEDIA["image"]),
+            size=(vision.height, vision.width),
+            num_tokens=model.image_tokens,
+            defaults={},
+        )
+    if (audio := model.audio) is not None:
+        rules["audio"] = MelAudio(
+            settings,
+            token_id=tokenizer.id(MEDIA["audio"]),
+            shape=(audio.num_mels, audio.max_frames),
+            num_tokens=model.audio_tokens,
+            tokens_of=AudioTokens(audio, model.audio_projector),
+            all_frames=not audio.mask_frames,
+        )
+    try:
+        ids = json.loads((directory / IDS).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / IDS} cannot be read: {error}") from None
+    stops = tuple(ids["stop"])
+    pad = next(token for token in (ids["pad"], *stops, 0) if token is not None)
+    layout = Layout(
+        image_tokens=model.image_tokens,
+        image_size=(0, 0) if vision is None else (vision.height, vision.width),
+        audio_tokens=model.audio_tokens,
+        audio_size=(0, 0) if audio is None else (audio.max_frames, audio.num_mels),
+        pad_id=pad,
+    )
+    rule = JoinedRule(rules, {kind: MEDIA[kind] for kind in rules})
+    return PretrainedProcessor.load(
+        directory, rule, pad_id=pad, stop_ids=stops, template=TEMPLATE, layout=layout
+    )
+
+
+@dataclass(frozen=True)
+class AudioTokens:
+    """Tokens of so many real frames: every position counts that has something of the clip."""
+
+    encoder: AudioConfig
+    projector: ProjectorConfig
+
+    def __call__(self, frames: int) -> int:
+        if self.projector.kind not in ("linear", "mlp"):
+            return self.projector.num_tokens((self.encoder.num_positions, 1))
+        return max(-(-self.encoder.positions_of(frames) // self.projector.merge[0]), 1)
+
+
+def prepared(part: Part) -> Part:
+    """The part, with the picture size that its directory's settings make, where the tower takes any.
+
+    Raises UserError for encoders whose input we cannot prepare.
+    """
+    kind = {"vision": ViTConfig, "audio": AudioEncoderConfig}.get(part.name)
+    if kind is not None and not isinstance(part.config, kind):
+        raise UserError(
+            f"{part.opened.directory}: a {part.opened.family.name} encoder cannot be put in front of a decoder yet: "
+            "how its input is prepared is not known"
+        )
+    if part.name != "vision" or not part.config.position_grid:
+        return part
+    rule = PixelRule.read(Settings.read(part.opened.directory).need("image"), {})
+    height, width, _ = rule(np.zeros((64, 64, 3), np.uint8)).shape
+    return dataclasses.replace(part, config=dataclasses.replace(part.config, height=height, width=width))
