@@ -8,7 +8,6 @@ from mm_jax.errors import UserError
 from mm_jax.families import FAMILIES
 from mm_jax.families.media import media_rule
 from mm_jax.inference.arrays import batch_of, layout_of
-from mm_jax.inference.batch import left_aligned, pad_batch
 
 VISION = dict(hidden_size=24, intermediate_size=36, num_hidden_layers=1, num_attention_heads=3, image_size=24,
               patch_size=8)  # fmt: skip
@@ -81,8 +80,6 @@ def test_a_prefix_ends_where_the_answer_begins():
     assert batch["blocks"].tolist() == [[0] * 3 + [1] * 9 + [0, 0], [1] * 12 + [0, 0]]
     assert batch["tokens"].max() < 97
     assert np.array_equal(read(**given)["blocks"], given["attention_mask"])
-    padded = pad_batch(left_aligned(batch), layout)["blocks"]
-    assert padded[0].tolist() == [1] * 9 + [0] * 7
     with pytest.raises(UserError, match="the vocabulary has 0 to 96"):
         read(**given | {"input_ids": np.where(given["input_ids"] == 5, 97, given["input_ids"])})
 
