@@ -33,7 +33,7 @@ ROWS, LENGTH, IMAGES, CLIPS = 2, 64, 2, 2
 CONFIG = MultimodalConfig(
     vision=ViTConfig(32, 48, 8, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256),
     audio=AudioEncoderConfig(80, 48, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256),
-    image_projector=ProjectorConfig("mlp", (2, 2), 128),
+    image_projector=ProjectorConfig("mlp", (2, 2), hidden_dim=128),
     audio_projector=ProjectorConfig("resampler", hidden_dim=64, num_queries=8),
     decoder=DecoderConfig(
         256, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=160
@@ -82,7 +82,8 @@ def test_conformers():
     waveform = WaveformConvolutions((32, 32, 32), (10, 3, 2), (5, 2, 2))
     for config, bound in (
         (ConformerConfig(80, 96, MelSubsampling(4, 32), positions="none", **sizes), 1.07),
-        (ConformerConfig(1, 1000, waveform, positions="rotary", **sizes), 1.07),
+        # norms and activations are not counted, and over the long maps of the waveform they are more
+        (ConformerConfig(1, 1000, waveform, positions="rotary", **sizes), 1.09),
         # the map of places, once a batch, is not counted
         (ConformerConfig(80, 96, MelSubsampling(4, 32), **sizes), 1.12),
     ):
@@ -129,7 +130,7 @@ def test_native_tower_by_example():
     tower = NativeViTConfig(
         2, 1, 2, embed_dim=4, num_layers=3, num_heads=1, mlp_dim=6, window=2, full_layers=(1,)
     )
-    projector = ProjectorConfig("mlp", (4, 1), 16)
+    projector = ProjectorConfig("mlp", (4, 1), hidden_dim=16)
     config = replace(CONFIG, vision=tower, image_projector=projector, audio=None)
     found = forward_flops(config, Work(0, 0, patches=8, frame_pairs=32))
     maps = 12 * 4 + 3 * (4 * 4 * 4 + 2 * 4 * 6)

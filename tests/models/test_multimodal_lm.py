@@ -25,7 +25,7 @@ IMAGE_TOKENS, AUDIO_TOKENS = 2, 3
 LAYOUT = Layout(IMAGE_TOKENS, (8, 12), AUDIO_TOKENS, (12, 5))
 ROW = BatchConfig(rows=1, length=40, images=5, audio=3)
 PROJECTORS = {
-    "mlp": (ProjectorConfig("mlp", (1, 3), 20), ProjectorConfig("linear", (2, 1))),
+    "mlp": (ProjectorConfig("mlp", (1, 3), hidden_dim=20), ProjectorConfig("linear", (2, 1))),
     "resampler": tuple(
         ProjectorConfig("resampler", hidden_dim=16, num_queries=n, num_heads=2)
         for n in (IMAGE_TOKENS, AUDIO_TOKENS)
