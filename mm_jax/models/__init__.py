@@ -1,10 +1,11 @@
 """Flax modules of the zoo: pure functions of (params, arrays). They know jax, flax and einops only."""
 
-from mm_jax.models.attention import attention, attention_mask, attention_weights, window_mask
+from mm_jax.models.attention import Mask, attention, attention_mask, attention_weights, row_mask, window_mask
 from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
 from mm_jax.models.conformer import Conformer, ConformerConfig, MelSubsampling, WaveformConvolutions
 from mm_jax.models.decoder import Decoder, DecoderConfig, init_cache
 from mm_jax.models.encoders import ENCODERS, AudioConfig, EncoderConfig, VisionConfig, dummy_inputs, encoder
+from mm_jax.models.execution import Execution
 from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.heads import DenseHeads, HeadConfig
 from mm_jax.models.layers import MLP, Attention, EncoderBlock
@@ -25,10 +26,10 @@ from mm_jax.models.vision import VisionTransformer, ViTConfig
 __all__ = [
     "ENCODERS", "MLP", "Attention", "AudioConfig", "AudioEncoder", "AudioEncoderConfig", "BranchProjector",
     "Conformer", "ConformerConfig", "Decoder", "DecoderConfig", "DenseHeads", "EncoderBlock", "EncoderConfig",
-    "ExpertConfig", "Experts", "HeadConfig", "HybridConfig", "HybridEncoder", "LatentReader", "MLPProjector",
-    "MelSubsampling", "MultimodalConfig", "MultimodalLM", "NativeViT", "NativeViTConfig", "ProjectorConfig",
-    "QFormer", "Resampler", "RopeScaling", "SamConfig", "SamEncoder", "ViTConfig", "VisionConfig",
+    "Execution", "ExpertConfig", "Experts", "HeadConfig", "HybridConfig", "HybridEncoder", "LatentReader",
+    "MLPProjector", "Mask", "MelSubsampling", "MultimodalConfig", "MultimodalLM", "NativeViT", "NativeViTConfig",
+    "ProjectorConfig", "QFormer", "Resampler", "RopeScaling", "SamConfig", "SamEncoder", "ViTConfig", "VisionConfig",
     "VisionTransformer", "WaveformConvolutions", "attention", "attention_mask", "attention_weights", "axial_rotation",
-    "channel_axes", "dummy_batch", "dummy_inputs", "encoder", "init_cache", "rotate", "rotation", "splice",
+    "channel_axes", "dummy_batch", "dummy_inputs", "encoder", "init_cache", "rotate", "rotation", "row_mask", "splice",
     "window_mask",
 ]  # fmt: skip

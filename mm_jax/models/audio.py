@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from einops import reduce
 
-from mm_jax.models.attention import attention_mask
+from mm_jax.models.attention import row_mask
+from mm_jax.models.execution import Execution
 from mm_jax.models.layers import ACTIVATIONS, Activation, EncoderBlock, layer_norm, sinusoids, stack
 
 
@@ -63,6 +64,7 @@ class AudioEncoder(nn.Module):
 
     config: AudioEncoderConfig
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, audio_values: jax.Array, audio_frames: jax.Array) -> jax.Array:
@@ -91,11 +93,12 @@ class AudioEncoder(nn.Module):
             table = self.param("positions", lambda _: table)
         x = x + table.astype(self.dtype)
         real = (jnp.arange(x.shape[1]) < ((audio_frames + 1) // 2)[:, None]).astype(jnp.int32)
-        mask = attention_mask(real, real, None, x.shape[1])
-        block = stack(EncoderBlock, c.num_layers, nn.broadcast)
+        x = self.execution.constrain(x, "pictures", None, None)
+        block = stack(EncoderBlock, c.num_layers, nn.broadcast, execution=self.execution)
         x, _ = block(
-            c.num_heads, c.mlp_dim, c.activation, c.norm_eps, self.dtype, key_bias=c.key_bias, name="layers"
-        )(x, mask)
+            c.num_heads, c.mlp_dim, c.activation, c.norm_eps, self.dtype, key_bias=c.key_bias,
+            execution=self.execution, name="layers",
+        )(x, row_mask(real, causal=False))  # fmt: skip
         if c.pool > 1:
             x = reduce(x[:, : c.num_positions * c.pool], "n (t p) d -> n t d", "mean", p=c.pool)
         return layer_norm(c.norm_eps, self.dtype, "norm")(x)

@@ -11,6 +11,7 @@ import numpy as np
 from einops import rearrange
 
 from mm_jax.models.attention import attention, attention_mask
+from mm_jax.models.execution import Execution
 from mm_jax.models.layers import ACTIVATIONS, CLOSED, MLP, Activation, layer_norm, stack
 from mm_jax.models.rotary import Rotation, rotate, rotation
 
@@ -319,6 +320,7 @@ class ConformerBlock(nn.Module):
 
     config: ConformerConfig
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
@@ -338,6 +340,7 @@ class ConformerBlock(nn.Module):
         def mlp(name: str) -> MLP:
             return MLP(c.mlp_dim, c.activation, use_bias=c.use_bias, dtype=self.dtype, name=name)
 
+        x = self.execution.block_input(x)
         attend = ConformerAttention(c, self.dtype, name="attention")
         convolve = ConformerConvolution(c, self.dtype, name="convolution")
         x = x + 0.5 * mlp("first_mlp")(norm("first_mlp")(x))
@@ -355,6 +358,7 @@ class Conformer(nn.Module):
 
     config: ConformerConfig
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, audio_values: jax.Array, audio_frames: jax.Array) -> jax.Array:
@@ -383,6 +387,8 @@ class Conformer(nn.Module):
         turned = None
         if rotary:
             turned = rotation(jnp.arange(length)[None], c.embed_dim // c.num_heads, c.rope_theta, None)
-        blocks = stack(ConformerBlock, c.num_layers, *[nn.broadcast] * 4)(c, self.dtype, name="layers")
+        x = self.execution.constrain(x, "pictures", None, None)
+        blocks = stack(ConformerBlock, c.num_layers, *[nn.broadcast] * 4, execution=self.execution)
+        blocks = blocks(c, self.dtype, self.execution, name="layers")
         x, _ = blocks(x, real, mask, places, turned)
         return layer_norm(c.norm_eps, self.dtype, "norm")(x) if c.final_norm else x

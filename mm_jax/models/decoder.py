@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mm_jax.models.attention import window_mask
+from mm_jax.models.attention import Mask, as_mask, narrowed
+from mm_jax.models.execution import Execution
 from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.layers import MLP, NORMS, Activation, Attention, AttentionStart, Norm, sinusoids, stack
 from mm_jax.models.rotary import RopeScaling, Rotation, channel_axes, rotation
@@ -105,6 +106,7 @@ class DecoderBlock(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
@@ -113,11 +115,10 @@ class DecoderBlock(nn.Module):
         cache: tuple[jax.Array, jax.Array] | None,
         window: jax.Array | None,
         number: jax.Array | None,
-        mask: jax.Array,
+        mask: Mask,
         always: jax.Array | None,
         turned: Rotation | None,
         local: Rotation | None,
-        slots: jax.Array,
         starts: jax.Array | None,
         deep: Deep | None,
         media: jax.Array | None,
@@ -127,16 +128,15 @@ class DecoderBlock(nn.Module):
         `local` is the rotation where there is a window; `always` is seen whatever the window.
         """
         c = self.config
-        if window is not None:
-            mask = window_mask(mask, slots, window)
-            if local is not None:
-                turned = jax.tree.map(lambda near, far: jnp.where(window > 0, near, far), local, turned)
-        if always is not None:
-            mask = mask | always
+        x = self.execution.block_input(x)
+        mask = narrowed(mask, window, c.windows, always)
+        if local is not None and window is not None:
+            turned = jax.tree.map(lambda near, far: jnp.where(window > 0, near, far), local, turned)
         attend = Attention(
             c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_eps, self.dtype,
             qk_norm_kind=c.norm, inner_norm=c.inner_norm, scale=c.query_scale, cap=c.attention_cap,
-            start=c.attention_start, adapter_rank=c.adapter_rank, adapter_scale=c.adapter_scale, name="attention",
+            start=c.attention_start, adapter_rank=c.adapter_rank, adapter_scale=c.adapter_scale,
+            execution=self.execution, name="attention",
         )  # fmt: skip
         if c.experts is None:
             mlp = MLP(
@@ -156,7 +156,8 @@ class DecoderBlock(nn.Module):
         y = norm("mlp_norm", x, not after)
         y = mlp(y, media) if c.adapter_rank else mlp(y)
         x = norm("mlp_norm", x + norm("mlp_out_norm", y, behind), after)
-        return (x if deep is None else _deepened(x, number, deep)), cache
+        x = x if deep is None else _deepened(x, number, deep)
+        return self.execution.constrain(x, "batch", "length", None), cache
 
 
 def take_features(features: jax.Array, index: jax.Array) -> jax.Array:
@@ -184,6 +185,7 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     def setup(self) -> None:
         c = self.config
@@ -196,7 +198,8 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             init = nn.initializers.normal(0.02)
             self.positions = nn.Embed(c.num_positions, c.embed_dim, dtype=self.dtype, embedding_init=init)
-        self.layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 8)(c, self.dtype)
+        layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 7, execution=self.execution)
+        self.layers = layers(c, self.dtype, self.execution)
         if c.final_norm:
             self.norm = NORMS[c.norm](c.norm_eps, self.dtype, None)
         if not c.tie_embeddings:
@@ -210,7 +213,7 @@ class Decoder(nn.Module):
     def hidden(
         self,
         x: jax.Array,
-        mask: jax.Array,
+        mask: Mask | jax.Array,
         positions: jax.Array,
         cache: Cache | None = None,
         starts: jax.Array | None = None,
@@ -222,7 +225,7 @@ class Decoder(nn.Module):
 
         Args:
           x: [B, T, D] embeddings with media spliced in.
-          mask: bool [B, 1, T, S], S = T or the cache length; windows narrow it.
+          mask: over S = T keys or those of the cache, also as bool [B, 1, T, S]; windows narrow it.
           positions: int32 [B, T], or [B, T, 3] where there are rope_sections.
           cache: from `init_cache`; its keys and values are advanced, its segment ids are the caller's.
           starts: int32 [B], see `Attention`.
@@ -246,9 +249,9 @@ class Decoder(nn.Module):
             x = x + self._places(positions + c.position_offset)
         slots = jnp.arange(x.shape[1])[None] + (0 if starts is None else starts[:, None])
         number = None if deep is None else jnp.arange(c.num_layers)
-        x, layers = self.layers(
-            x, layers, windows, number, mask, always, turned, local, slots, starts, deep, media
-        )
+        mask = as_mask(mask, slots)
+        x = self.execution.constrain(x, "batch", "length", None)
+        x, layers = self.layers(x, layers, windows, number, mask, always, turned, local, starts, deep, media)
         if cache is not None:
             cache = cache | {"key": layers[0], "value": layers[1]}
         return self.norm(x) if c.final_norm else x, cache
@@ -265,5 +268,5 @@ class Decoder(nn.Module):
         c = self.config
         x = self.project_out(x) if c.token_dim else x
         out = self.embedding.attend(x) if c.tie_embeddings else self.head(x)
-        out = out.astype(jnp.float32)
+        out = self.execution.constrain(out.astype(jnp.float32), "batch", "length", "vocab")
         return c.logit_cap * jnp.tanh(out / c.logit_cap) if c.logit_cap else out

@@ -6,6 +6,7 @@ import numpy as np
 
 from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
 from mm_jax.models.conformer import Conformer, ConformerConfig
+from mm_jax.models.execution import Execution
 from mm_jax.models.native import NativeViT, NativeViTConfig
 from mm_jax.models.sam import HybridConfig, HybridEncoder, SamConfig, SamEncoder
 from mm_jax.models.vision import VisionTransformer, ViTConfig
@@ -24,9 +25,11 @@ ENCODERS: dict[type, type[nn.Module]] = {
 }
 
 
-def encoder(config: EncoderConfig, dtype: jnp.dtype = jnp.float32) -> nn.Module:
+def encoder(
+    config: EncoderConfig, dtype: jnp.dtype = jnp.float32, execution: Execution = Execution()
+) -> nn.Module:
     """The encoder of a config."""
-    return ENCODERS[type(config)](config, dtype)
+    return ENCODERS[type(config)](config, dtype, execution)
 
 
 def dummy_inputs(config: EncoderConfig) -> dict[str, np.ndarray]:

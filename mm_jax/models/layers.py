@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from mm_jax.models.attention import attention, attention_weights, write_slots
+from mm_jax.models.attention import DECODER, ENCODER, Axes, Mask, attention, attention_weights, write_slots
+from mm_jax.models.execution import Execution
 from mm_jax.models.rotary import Rotation, rotate
 
 UNROLLED_ON_CPU = 8  # layers
@@ -153,6 +154,7 @@ class Attention(nn.Module):
         alike and passes it on, see `mimetic_kernels`; for self-attention.
       adapter_rank, adapter_scale: of the `MediaAdapter`s of all four maps; rank 0 for none.
       dtype: compute dtype; parameters stay float32.
+      axes: logical names of the activations' axes.
     """
 
     num_heads: int
@@ -172,13 +174,15 @@ class Attention(nn.Module):
     adapter_rank: int = 0
     adapter_scale: float = 1.0
     key_bias: bool | None = None
+    execution: Execution = Execution()
+    axes: Axes = DECODER
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
         context: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        mask: Mask | jax.Array | None = None,
         turned: Rotation | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
         starts: jax.Array | None = None,
@@ -191,7 +195,7 @@ class Attention(nn.Module):
         Args:
           x: [B, T, D].
           context: [B, S, C] to attend to; None for self-attention.
-          mask: bool [B, 1, T, S] (S = cache length when a cache is given).
+          mask: who may look at whom, over S keys (S = cache length when a cache is given).
           turned: from `rotation`, for rotary positions.
           cache: keys and values [B, L, K, H] seen so far; the new ones are written at slots
             `starts[b] .. starts[b] + T - 1` and attention reads the whole cache.
@@ -250,7 +254,9 @@ class Attention(nn.Module):
             weights = attention_weights(query, key, mask, self.scale, self.cap)
             self.sow("intermediates", "attention_weights", weights)
         if core is None:
-            out = attention(query, key, value, mask, self.scale, self.cap)
+            out = attention(
+                query, key, value, mask, self.scale, self.cap, execution=self.execution, axes=self.axes
+            )
         else:
             out = core(query, key, value)
         out = rearrange(out, "b t n h -> b t (n h)")
@@ -327,10 +333,12 @@ class EncoderBlock(nn.Module):
     layer_scale: float | None = None
     key_bias: bool | None = None
     gated: bool = False
+    execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """[B, T, D], bool [B, 1, T, T] -> [B, T, D] and what `nn.scan` collects."""
+    def __call__(self, x: jax.Array, mask: Mask | jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """[B, T, D] -> [B, T, D] and what `nn.scan` collects."""
+        x = self.execution.block_input(x)
 
         def norm(name: str) -> nn.Module:
             return NORMS[self.norm](self.norm_eps, self.dtype, name)
@@ -344,23 +352,26 @@ class EncoderBlock(nn.Module):
         heads = self.num_heads
         attend = Attention(
             heads, heads, x.shape[-1] // heads, self.qkv_bias, True, self.qk_norm, self.norm_eps, self.dtype, "all",
-            key_bias=self.key_bias, name="attention",
+            key_bias=self.key_bias, execution=self.execution, axes=ENCODER, name="attention",
         )  # fmt: skip
         x = x + scaled("attention_scale", attend(norm("attention_norm")(x), mask=mask)[0])
         mlp = MLP(self.mlp_dim, self.activation, self.gated, dtype=self.dtype, name="mlp")
         x = x + scaled("mlp_scale", mlp(norm("mlp_norm")(x)))
+        x = self.execution.constrain(x, "pictures", None, None)
         return x, x if self.collect else None
 
 
-def stack(block: type[nn.Module], length: int, *in_axes: object) -> type[nn.Module]:
+def stack(
+    block: type[nn.Module], length: int, *in_axes: object, execution: Execution = Execution()
+) -> type[nn.Module]:
     """`block` repeated `length` times by scan: one compiled body, parameters with a leading [length] axis.
 
     On the CPU a short stack is unrolled in the program: training steps of the quickstart take a sixth less time
-    when XLA need not carry every layer's activations through a loop.
+    when XLA need not carry every layer's activations through a loop. `execution` says what the backward pass keeps.
     """
-    unroll = length <= UNROLLED_ON_CPU and jax.default_backend() == "cpu"
+    unroll = length <= UNROLLED_ON_CPU and execution.platform == "cpu"
     return nn.scan(
-        block,
+        execution.rematerialised(block),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=in_axes,

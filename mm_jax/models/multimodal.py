@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mm_jax.models.attention import attention_mask, block_mask, write_slots
+from mm_jax.models.attention import Mask, block_mask, row_mask, write_slots
 from mm_jax.models.audio import AudioEncoderConfig
 from mm_jax.models.decoder import Cache, Decoder, DecoderConfig, Deep, take_features
 from mm_jax.models.encoders import AudioConfig, VisionConfig, dummy_inputs, encoder
+from mm_jax.models.execution import Execution
 from mm_jax.models.heads import DenseHeads, HeadConfig
 from mm_jax.models.native import NativeViTConfig
 from mm_jax.models.projectors import PROJECTORS, ProjectorConfig
@@ -136,13 +137,14 @@ class MultimodalLM(nn.Module):
     """
 
     config: MultimodalConfig
+    execution: Execution = Execution()
 
     def setup(self) -> None:
-        c = self.config
+        c, execution = self.config, self.execution
         dtype = jnp.dtype(c.dtype)
         width = c.decoder.embed_dim
         if c.vision is not None:
-            self.vision = encoder(c.vision, dtype)
+            self.vision = encoder(c.vision, dtype, execution)
             self.image_projector = PROJECTORS[c.image_projector.kind](c.image_projector, width, dtype)
         if c.deep_projector is not None:
             several = nn.vmap(
@@ -154,7 +156,7 @@ class MultimodalLM(nn.Module):
             )
             self.deep_projector = several(c.deep_projector, width, dtype)
         if c.audio is not None:
-            self.audio = encoder(c.audio, dtype)
+            self.audio = encoder(c.audio, dtype, execution)
             self.audio_projector = PROJECTORS[c.audio_projector.kind](c.audio_projector, width, dtype)
         if c.markers:
             merged = c.image_projector.merged_dim(c.vision.feature_dim) if c.markers_projected else width
@@ -162,7 +164,7 @@ class MultimodalLM(nn.Module):
             self.markers = [self.param(f"marker{k}", init, (merged,)) for k in range(c.markers)]
         if c.heads is not None:
             self.heads = DenseHeads(c.heads, dtype)
-        self.decoder = Decoder(c.decoder, dtype)
+        self.decoder = Decoder(c.decoder, dtype, execution)
 
     def _native_features(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Projected features [B, F, D], and those for the decoder's first layers [K, B, F, D] or None."""
@@ -263,24 +265,30 @@ class MultimodalLM(nn.Module):
         """Logits float32 [B, S, vocab] of packed rows; segments do not see each other."""
         if self.is_initializing() and self.config.heads is not None:
             self.dense(batch)
+        return self.decoder.logits(self.hidden(batch))
+
+    def hidden(self, batch: Batch) -> jax.Array:
+        """What `logits` reads: [B, S, D]."""
         segments = batch["segment_ids"]
-        rows, length = segments.shape
-        slots = jnp.broadcast_to(jnp.arange(length), (rows, length))
-        mask = attention_mask(segments, segments, slots, length)
-        mask, always = self._two_way(batch, mask, segments, batch.get("blocks"))
+        mask, always = self._two_way(batch, row_mask(segments), segments, batch.get("blocks"))
         x, deep = self._embed(batch)
         media = self._media(batch)
-        x, _ = self.decoder.hidden(x, mask, batch["positions"], deep=deep, always=always, media=media)
+        return self.decoder.hidden(x, mask, batch["positions"], deep=deep, always=always, media=media)[0]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] of `hidden` -> float32 [B, T, vocab]."""
         return self.decoder.logits(x)
 
     def _two_way(
-        self, batch: Batch, mask: jax.Array, key_segments: jax.Array, key_blocks: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, batch: Batch, mask: Mask, key_segments: jax.Array, key_blocks: jax.Array | None
+    ) -> tuple[Mask | jax.Array, jax.Array | None]:
         """The masks for `Decoder.hidden`: within its windows, and whatever they are."""
         if key_blocks is None:
             return mask, None
         together = block_mask(batch["segment_ids"], key_segments, batch["blocks"], key_blocks)
-        return (mask, together) if self.config.two_way == "prefix" else (mask | together, None)
+        if self.config.two_way == "prefix":
+            return mask, together
+        return mask.array(key_segments.shape[1]) | together, None
 
     def extend(
         self, batch: Batch, cache: Cache, starts: jax.Array, last: jax.Array | None = None
@@ -299,7 +307,7 @@ class MultimodalLM(nn.Module):
         segments = batch["segment_ids"]
         cache = cache | {"segment_ids": write_slots(cache["segment_ids"], segments, starts)}
         slots = starts[:, None] + jnp.arange(segments.shape[1])
-        mask = attention_mask(segments, cache["segment_ids"], slots, cache["segment_ids"].shape[1])
+        mask = Mask(segments, cache["segment_ids"], slots)
         blocks = batch.get("blocks")
         if blocks is not None:  # they never reach back to tokens of an earlier call, which are seen anyway
             blocks = write_slots(jnp.zeros_like(cache["segment_ids"]), blocks, starts)

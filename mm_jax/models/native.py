@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from mm_jax.models.attention import attention, attention_mask
+from mm_jax.models.attention import NATIVE, attention, row_mask
+from mm_jax.models.execution import Execution
 from mm_jax.models.layers import MLP, NORMS, Activation, Attention, Norm, stack
 from mm_jax.models.rotary import Rotation, axial_rotation
 
@@ -66,14 +67,14 @@ class NativeViTConfig:
         return (self.window or self.merge) ** 2
 
 
-def _windowed(segment_ids: jax.Array, slots: int):
+def _windowed(segment_ids: jax.Array, slots: int, execution: Execution):
     """Attention within runs of `slots` patches: the host has laid them out so that each run is a window."""
     ids = rearrange(segment_ids, "b (w s) -> (b w) s", s=slots)
-    mask = attention_mask(ids, ids, None, slots)
+    mask = row_mask(ids, causal=False)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         query, key, value = (rearrange(x, "b (w s) n h -> (b w) s n h", s=slots) for x in (query, key, value))
-        out = attention(query, key, value, mask)
+        out = attention(query, key, value, mask, execution=execution, axes=NATIVE)
         return rearrange(out, "(b w) s n h -> b (w s) n h", b=len(segment_ids))
 
     return attend
@@ -84,6 +85,7 @@ class NativeBlock(nn.Module):
 
     config: NativeViTConfig
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
@@ -95,23 +97,27 @@ class NativeBlock(nn.Module):
         def norm(name: str) -> nn.Module:
             return NORMS[c.norm](c.norm_eps, self.dtype, name)
 
-        mask = attention_mask(segment_ids, segment_ids, None, x.shape[1])
+        x = self.execution.block_input(x)
+        mask = row_mask(segment_ids, causal=False)
         core = None
         if full is not None:
-            narrow = _windowed(segment_ids, c.block)
+            narrow = _windowed(segment_ids, c.block, self.execution)
 
             # the backward pass computes the weights again: else every layer would keep those of whole frames
             @jax.checkpoint
             def core(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-                wide = lambda q, k, v: attention(q, k, v, mask)  # noqa: E731
+                def wide(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+                    return attention(query, key, value, mask, execution=self.execution, axes=NATIVE)
+
                 return jax.lax.cond(full, wide, narrow, query, key, value)
 
         attend = Attention(
-            c.num_heads, c.num_heads, c.embed_dim // c.num_heads, dtype=self.dtype, name="attention"
-        )
+            c.num_heads, c.num_heads, c.embed_dim // c.num_heads, dtype=self.dtype, execution=self.execution,
+            axes=NATIVE, name="attention",
+        )  # fmt: skip
         x = x + attend(norm("attention_norm")(x), mask=mask, turned=turned, core=core)[0]
         mlp = MLP(c.mlp_dim, c.activation, c.gated, dtype=self.dtype, name="mlp")
-        x = x + mlp(norm("mlp_norm")(x))
+        x = self.execution.constrain(x + mlp(norm("mlp_norm")(x)), "batch", None, None)
         return x, x if c.taps else None
 
 
@@ -125,6 +131,7 @@ class NativeViT(nn.Module):
 
     config: NativeViTConfig
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(
@@ -160,7 +167,10 @@ class NativeViT(nn.Module):
         full = None
         if c.window and len(c.full_layers) < c.num_layers:
             full = jnp.isin(jnp.arange(c.num_layers), jnp.asarray(c.full_layers, jnp.int32))
-        layers = stack(NativeBlock, c.num_layers, 0, nn.broadcast, nn.broadcast)(c, self.dtype, name="layers")
+        layers = stack(NativeBlock, c.num_layers, 0, nn.broadcast, nn.broadcast, execution=self.execution)(
+            c, self.dtype, self.execution, name="layers"
+        )
+        x = self.execution.constrain(x, "batch", None, None)
         x, states = layers(x, full, segment_ids, turned)
         if c.post_norm:
             x = NORMS[c.norm](c.norm_eps, self.dtype, "norm")(x)

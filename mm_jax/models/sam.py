@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from mm_jax.models.attention import attention
+from mm_jax.models.attention import ENCODER, attention
+from mm_jax.models.execution import Execution
 from mm_jax.models.layers import MLP, Activation, Attention, layer_norm
 from mm_jax.models.vision import VisionTransformer, ViTConfig
 
@@ -67,6 +68,7 @@ class SamAttention(nn.Module):
     config: SamConfig
     side: int
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -88,7 +90,8 @@ class SamAttention(nn.Module):
             return rearrange(by_row[..., None] + by_column[..., None, :], "n m h w k l -> n m (h w) (k l)")
 
         def core(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            return attention(query, key, value, bias=bias(query) if c.relative else None)
+            added = bias(query) if c.relative else None
+            return attention(query, key, value, bias=added, execution=self.execution, axes=ENCODER)
 
         attend = Attention(
             c.num_heads, c.num_heads, head_dim, c.qkv_bias, True, dtype=self.dtype, name="maps"
@@ -107,6 +110,7 @@ class SamBlock(nn.Module):
     config: SamConfig
     window: int
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -119,7 +123,7 @@ class SamBlock(nn.Module):
         y = rearrange(
             jnp.pad(y, ((0, 0), more, more, (0, 0))), "n (a h) (b w) d -> (n a b) h w d", a=count, b=count
         )
-        y = SamAttention(c, window, self.dtype, name="attention")(y)
+        y = SamAttention(c, window, self.dtype, self.execution, name="attention")(y)
         y = rearrange(y, "(n a b) h w d -> n (a h) (b w) d", a=count, b=count)
         x = x + y[:, :side, :side]
         mlp = MLP(c.mlp_dim, c.activation, dtype=self.dtype, name="mlp")
@@ -149,6 +153,7 @@ class SamEncoder(nn.Module):
 
     config: SamConfig
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     def setup(self) -> None:
         c = self.config
@@ -157,7 +162,8 @@ class SamEncoder(nn.Module):
             shape = (c.side, c.side, c.embed_dim)
             self.positions = self.param("positions", nn.initializers.normal(0.02), shape)
         self.layers = [
-            SamBlock(c, 0 if k in c.full_layers else c.window, self.dtype) for k in range(c.num_layers)
+            SamBlock(c, 0 if k in c.full_layers else c.window, self.dtype, self.execution)
+            for k in range(c.num_layers)
         ]
         self.neck = SamNeck(c.out_dim, self.dtype)
 
@@ -170,7 +176,7 @@ class SamEncoder(nn.Module):
             x = x + self.positions.astype(self.dtype)
         inner = None
         for k, block in enumerate(self.layers):
-            x = block(x)
+            x = self.execution.constrain(block(x), "pictures", None, None, None)
             inner = x if k == layer else inner
         return self.neck(x), inner
 
@@ -221,14 +227,15 @@ class HybridEncoder(nn.Module):
 
     config: HybridConfig
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, pixel_values: jax.Array, high_res_pixel_values: jax.Array) -> jax.Array:
         """float [N, h, w, 3] and [N, H, W, 3], normalised -> [N, features, feature_dim], the large picture's channels
         first."""
         c = self.config
-        low = VisionTransformer(c.low, self.dtype, name="low")(pixel_values)
-        sam = SamEncoder(c.high, self.dtype, name="high")
+        low = VisionTransformer(c.low, self.dtype, self.execution, name="low")(pixel_values)
+        sam = SamEncoder(c.high, self.dtype, self.execution, name="high")
         last, inner = sam.maps(high_res_pixel_values, c.high.full_layers[0])
         inner = SamNeck(c.high.out_dim, self.dtype, name="neck")(inner)
         halves = [

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
+from mm_jax.models.execution import Execution
 from mm_jax.models.interpolation import resize_table
 from mm_jax.models.layers import Activation, EncoderBlock, Norm, layer_norm, sincos_2d, stack
 
@@ -93,6 +94,7 @@ class VisionTransformer(nn.Module):
 
     config: ViTConfig
     dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
@@ -135,11 +137,11 @@ class VisionTransformer(nn.Module):
         if c.pre_norm:
             x = layer_norm(c.norm_eps, self.dtype, "pre_norm")(x)
         several = bool(c.feature_layers)
-        block = stack(EncoderBlock, c.num_layers, nn.broadcast)(
+        block = stack(EncoderBlock, c.num_layers, nn.broadcast, execution=self.execution)(
             c.num_heads, c.mlp_dim, c.activation, c.norm_eps, self.dtype, several, c.norm, c.qkv_bias, c.qk_norm,
-            c.layer_scale, gated=c.gated, name="layers",
+            c.layer_scale, gated=c.gated, execution=self.execution, name="layers",
         )  # fmt: skip
-        before = x
+        before = x = self.execution.constrain(x, "pictures", None, None)
         x, states = block(x, None)
         if several:
             x = jnp.concatenate([states[k - 1] if k else before for k in c.feature_layers], axis=-1)
