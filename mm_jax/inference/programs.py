@@ -131,18 +131,19 @@ class Programs:
         self.stop_ids, self.pad_id = tuple(int(i) for i in stop_ids), pad_id
         self.traces: Counter[str] = Counter()
         programs = {
+            # (function, static names, place of the state or the pool, which is given up)
             "start": (_start, ("rows", "length"), ()),
             "grow": (_grow, ("length",), ()),
-            "copy": (_copy, (), ("state",)),
-            "equip": (_equip, (), ("state",)),
+            "copy": (_copy, (), (0,)),
+            "equip": (_equip, (), (0,)),
             "pool": (_pool, ("capacity",), ()),
-            "encode": (_encode, (), ("pool",)),
-            "prefill": (_prefill, ("length",), ("state",)),
-            "decode": (_decode, ("length", "steps"), ("state",)),
+            "encode": (_encode, (), (1,)),
+            "prefill": (_prefill, ("length",), (1,)),
+            "decode": (_decode, ("length", "steps"), (1,)),
         }
         for name, (function, static, donated) in programs.items():
             program = jax.jit(
-                partial(_traced, self, name, function), static_argnames=static, donate_argnames=donated
+                partial(_traced, self, name, function), static_argnames=static, donate_argnums=donated
             )
             setattr(self, name, program)
 
@@ -165,6 +166,8 @@ def _start(self: Programs, *, rows: int, length: int) -> State:
     config = self.model.config
     zeros = jnp.zeros(rows, jnp.int32)
     cache = init_cache(config.decoder, rows, length, jnp.dtype(config.dtype))
+    for name in ("key", "value"):
+        cache[name] = self.model.execution.constrain(cache[name], None, "batch", None, "kv_heads", None)
     return State(cache, zeros, zeros, zeros, zeros, zeros > 0, Tables.empty(rows, self.vocab_size))
 
 
