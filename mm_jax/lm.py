@@ -25,7 +25,7 @@ from mm_jax.inference.request import Request
 from mm_jax.inference.sampling import Sampling
 from mm_jax.inference.session import ChatSession
 from mm_jax.inference.text import answer_ids, render
-from mm_jax.models import MultimodalConfig, MultimodalLM
+from mm_jax.models import Execution, MultimodalConfig, MultimodalLM
 from mm_jax.parallel.rules import Rules, place
 from mm_jax.tower import Tower
 
@@ -53,6 +53,7 @@ class LanguageModel:
     Args:
       processor, checkpoint: one of the two is needed.
       max_length: most tokens of prompt and answer together.
+      execution: where and how the programs run.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class LanguageModel:
         *,
         checkpoint: HFCheckpoint | None = None,
         max_length: int = 1024,
+        execution: Execution = Execution(),
     ):
         self.config, self.params, self.checkpoint = config, params, checkpoint
         self._processor = processor
-        self.model = MultimodalLM(config)
+        self.model = MultimodalLM(config, execution)
         if checkpoint is None:
             self.family = "mm_jax"
             self.layout = Layout.of(processor, two_way=config.two_way)
@@ -346,7 +348,7 @@ def load(
     *,
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
-    rules: Rules = (),
+    rules: Rules = Rules(),
 ) -> LanguageModel | Tower:
     """The model of a Hugging Face directory (one with a model_type in its config.json), or of a run.
 
@@ -354,7 +356,8 @@ def load(
       stage: of a run; its newest checkpoint without.
       dtype: of a Hugging Face checkpoint's parameters and computation: "float32" or "bfloat16"; that of the file
         without, but float16 is computed with in float32.
-      mesh, rules: where the parameters of a Hugging Face checkpoint go, see `mm_jax.parallel.rules.place`.
+      mesh: of `mm_jax.parallel.mesh.make_mesh`, for a Hugging Face checkpoint; the first device without.
+      rules: how parameters, activations and KV cache lie on it.
 
     Returns:
       A `LanguageModel`, or a `Tower` for the checkpoint of an encoder alone.
@@ -368,7 +371,14 @@ def load(
         system = checkpoint.system
         if not isinstance(system.config, MultimodalConfig):
             return Tower(checkpoint, params)
-        return LanguageModel(system.config, params, checkpoint=checkpoint, max_length=system.text.max_length)
+        execution = Execution(mesh, rules.axes())
+        return LanguageModel(
+            system.config,
+            params,
+            checkpoint=checkpoint,
+            max_length=system.text.max_length,
+            execution=execution,
+        )
     if dtype is not None or mesh is not None:
         raise UserError(f"{path} is no Hugging Face checkpoint; dtype and mesh are for those alone")
     from mm_jax.train.setup import read_run  # training code is not needed to use a model that is in memory

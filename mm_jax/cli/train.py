@@ -5,19 +5,20 @@ from pathlib import Path
 
 from mm_jax.cli.arguments import split_arguments
 
-HELP = """usage: python -m mm_jax train CONFIG.py [--run DIR] [--any.field value ...]
+HELP = """usage: python -m mm_jax train CONFIG.py [--run DIR] [--profile A:B] [--any.field value ...]
 
 Runs the stages of a config. On a directory with a run of the same config it goes on where that run stands.
 Ctrl-C or SIGTERM saves and exits.
 
   --run DIR          run directory (default: runs/<name of the config>)
+  --profile A:B      trace the steps A to B of this process, for TensorBoard and Perfetto
   --fields           list all fields of the config
 
 example: python -m mm_jax train configs/quickstart.py --run runs/quickstart --stages.align.steps 100"""
 
 
 def main(argv: Sequence[str]) -> int:
-    parsed = split_arguments(argv, HELP, options=("run",), flags=("fields",))
+    parsed = split_arguments(argv, HELP, options=("run", "profile"), flags=("fields",))
     if parsed is None:
         return 0
     from mm_jax.train.config import load_config  # after --help: this imports jax
@@ -25,10 +26,12 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(parsed.path, ["--help"] if "fields" in parsed.flags else parsed.rest)
     from mm_jax.cli.data import make_missing
     from mm_jax.train.loop import train
+    from mm_jax.train.profile import parse_steps
 
+    profile = parse_steps(parsed.options["profile"]) if "profile" in parsed.options else None
     run_dir = Path(parsed.options.get("run", f"runs/{config.name}"))
     make_missing(config)
-    if not train(config, run_dir):
+    if not train(config, run_dir, profile):
         print(f"stopped and saved; go on with: python -m mm_jax train {' '.join(argv)}")
     else:
         print(f"done: {run_dir}")

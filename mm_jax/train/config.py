@@ -14,6 +14,9 @@ from mm_jax.data.processor import AnswerWeight, ProcessorConfig
 from mm_jax.data.sources import SourceConfig
 from mm_jax.errors import UserError, nearest
 from mm_jax.models import MultimodalConfig
+from mm_jax.models.execution import Kernel, Remat
+from mm_jax.parallel.mesh import MeshConfig
+from mm_jax.parallel.rules import Rules
 from mm_jax.serialize import first_difference, from_json, to_json
 
 
@@ -21,9 +24,10 @@ from mm_jax.serialize import first_difference, from_json, to_json
 class OptimizerConfig:
     """The learning rate rises linearly over `warmup_steps`, then falls by a cosine."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Literal["adamw", "muon", "adafactor"] = "adamw"
     """muon: orthogonalised momentum for the matrices inside the model (Jordan et al. 2024; step sizes as in Liu
-    et al. 2025, Moonlight) and AdamW for the rest. Learns from fewer samples."""
+    et al. 2025, Moonlight) and AdamW for the rest. Learns from fewer samples. adafactor: second moments of matrices as
+    a row and a column, no first moment (Shazeer and Stern 2018): nearly no memory."""
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     final_fraction: float = 0.02
@@ -33,6 +37,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.98
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the first moment of adamw and muon."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,9 @@ class Stage:
     naming: float = 0.0
     """next_token: weight of naming, at every picture and sound token, what the regions of the data say is there.
     It brings the projected features to where the language model has its words. 0 for data without regions."""
+    chunk: int = 0
+    """next_token: tokens of a row whose logits exist at one time, which saves memory with large vocabularies; 0 for
+    all. It must divide batch.length."""
     positive_weight: float = 4.0
     """dense: weight of a position that has a label against one that has none."""
     beta: float = 0.1
@@ -135,11 +144,18 @@ class RunConfig:
     workers: int = 0
     """Processes that prepare samples; 0 prepares them in background threads."""
     log_every: int = 20
+    mesh: MeshConfig = MeshConfig()
+    rules: Rules = Rules()
+    remat: Remat = "none"
+    """What the backward pass keeps of each layer, see `mm_jax.models.Execution`."""
+    attention: Kernel = "auto"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 # Fields that may change between two starts of one run, because they do not change what it computes.
-FREE_FIELDS = ("name", "data_dir", "workers", "log_every", "checkpoint", "strict")
+FREE_FIELDS = (
+    "name", "data_dir", "workers", "log_every", "checkpoint", "strict", "mesh", "rules", "remat", "attention",
+)  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -220,8 +236,14 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"{where}.naming is {stage.naming}: only a next_token stage with media can name them"
             )
+        if stage.chunk and (stage.loss != "next_token" or stage.batch.length % stage.chunk):
+            raise UserError(
+                f"{where}.chunk is {stage.chunk}: only a next_token stage has chunks, and they must divide "
+                f"batch.length ({stage.batch.length})"
+            )
         if stage.optimizer.learning_rate <= 0:
             raise UserError(f"{where}.optimizer.learning_rate is {stage.optimizer.learning_rate}")
+    config.rules.check()
     if config.checkpoint.keep_last < 1:
         raise UserError("checkpoint.keep_last must be at least 1, or a run could not be resumed")
 

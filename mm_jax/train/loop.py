@@ -1,5 +1,7 @@
 """The life of a run: stages in order, each a loop of steps that logs, saves, stops and resumes."""
 
+import contextlib
+import dataclasses
 import sys
 import time
 from collections import Counter
@@ -14,20 +16,24 @@ from mm_jax.checkpoint.run import StageCheckpoints, latest
 from mm_jax.data.pipeline import Layout, TrainData
 from mm_jax.data.sources import SourceConfig, open_source
 from mm_jax.errors import UserError
-from mm_jax.parallel.mesh import data_mesh, put_batch, replicated
+from mm_jax.parallel.rules import put_batch
 from mm_jax.train import losses, metrics, partition, plots, preference
 from mm_jax.train.config import RunConfig, Stage
 from mm_jax.train.encode import Encode
-from mm_jax.train.optimizer import optimizer, schedule, tree_bytes
-from mm_jax.train.setup import Setup, enable_compilation_cache, init_params, prepare
+from mm_jax.train.optimizer import schedule, tree_bytes
+from mm_jax.train.plan import plan_stage, shardings_of
+from mm_jax.train.profile import Profiler
+from mm_jax.train.setup import Setup, enable_compilation_cache, prepare
 from mm_jax.train.signals import StopSignals
 from mm_jax.train.start import first_params
 from mm_jax.train.state import TrainState
 from mm_jax.train.step import make_step
 
 
-def train(config: RunConfig, run_dir: str | Path) -> bool:
+def train(config: RunConfig, run_dir: str | Path, profile: tuple[int, int] | None = None) -> bool:
     """Runs or goes on with the stages of `config` in `run_dir`; True when all are done, False when stopped.
+
+    `profile`: first and last step to trace, counted from 1 in this process.
 
     Raises:
         UserError: anything wrong with config, data, directory or disk.
@@ -38,10 +44,15 @@ def train(config: RunConfig, run_dir: str | Path) -> bool:
     names = list(config.stages)
     found = latest(run_dir, names)
     first, done = found or (names[0], 0)
-    params = None if found else first_params(setup.config, setup.model_config)
-    with StopSignals() as stop:
+    params = None
+    if not found:
+        plan = plan_stage(setup.config, setup.model_config, setup.config.stages[names[0]])
+        params = first_params(setup.config, setup.model_config, plan.params)
+    profiler = Profiler(profile, run_dir / "profile")
+    with StopSignals() as stop, contextlib.closing(profiler):
         for name in names[names.index(first) :]:
-            params = _StageRun(setup, name, params, done if name == first else 0).run(stop)
+            start = done if name == first else 0
+            params = _StageRun(setup, name, params, start, profiler).run(stop)
             if stop.requested:
                 break
     plots.loss_curves(run_dir)
@@ -51,18 +62,20 @@ def train(config: RunConfig, run_dir: str | Path) -> bool:
 class _StageRun:
     """One stage, from its first step or from the checkpoint at `start`."""
 
-    def __init__(self, setup: Setup, name: str, params: dict[str, Any] | None, start: int):
-        self.setup, self.name, self.start = setup, name, start
+    def __init__(
+        self, setup: Setup, name: str, params: dict[str, Any] | None, start: int, profiler: Profiler
+    ):
+        self.setup, self.name, self.start, self.profiler = setup, name, start, profiler
         self.config, self.stage = setup.config, setup.config.stages[name]
         keep = self.config.checkpoint
         self.checkpoints = StageCheckpoints(setup.run_dir, name, keep.keep_last, keep.keep_best)
-        self.mesh = data_mesh(self.stage.batch.rows)
-        self.transform = optimizer(self.stage.optimizer, self.stage.steps)
+        self.plan = plan_stage(self.config, setup.model_config, self.stage)
+        self.setup = setup = dataclasses.replace(setup, execution=self.plan.execution)
         saved_data = None
         if params is None:
             params, opt_state, saved_data, key = self._restore()
         else:
-            params = jax.device_put(params, replicated(self.mesh))
+            params = jax.device_put(params, self.plan.params)
             key = jax.random.fold_in(jax.random.key(self.config.seed), list(self.config.stages).index(name))
             opt_state = None
         sources, mixture, self.reference = setup.sources, self.stage.mixture, None
@@ -72,10 +85,11 @@ class _StageRun:
             mixture, self.reference = {"preferences": 1.0}, found.reference
         self.sources = tuple(sorted(mixture))
         trainable, self.frozen = partition.split(params, self.stage.trainable)
+        shardings, _ = shardings_of(self.plan.abstract_state())
         if opt_state is None:
-            opt_state = jax.jit(self.transform.init, out_shardings=replicated(self.mesh))(trainable)
-        step = jax.device_put(np.int32(start), replicated(self.mesh))
-        self.state = TrainState(step, trainable, opt_state, jax.device_put(key, replicated(self.mesh)))
+            opt_state = jax.jit(self.plan.transform.init, out_shardings=shardings.opt_state)(trainable)
+        step, key = jax.device_put((np.int32(start), key), (shardings.step, shardings.key))
+        self.state = TrainState(step, trainable, opt_state, key)
         encode = Encode.of(setup.processor, self.stage)
         self.data = TrainData(
             {name: sources[name] for name in mixture}, mixture, self.stage.batch,
@@ -90,7 +104,9 @@ class _StageRun:
             self.data.restore(saved_data)
         loss = stage_loss(self.stage, self.sources)
         rates = schedule(self.stage.optimizer, self.stage.steps)
-        self.step = make_step(setup.apply, loss, self.transform, rates, self.stage.batch.accumulate)
+        self.step = make_step(
+            setup.apply, loss, self.plan.transform, rates, self.stage.batch.accumulate, shardings
+        )
         self.pending: list[dict[str, jax.Array]] = []
         self.trainable: Counter[str] = Counter()  # answer tokens by source since the last log line
         self.told: set[tuple[str, str]] = set()  # (source, reason) of the drops that were shown
@@ -131,7 +147,8 @@ class _StageRun:
         self.trainable.update(info.trainable)
         if self.reference is not None:
             batch = {**batch, "reference": preference.look_up(self.reference, batch["preference"])}
-        arrays = put_batch(batch, self.mesh, self.stage.batch.accumulate)
+        self.profiler.before_step()
+        arrays = put_batch(batch, self.plan.mesh, self.plan.rules, self.stage.batch.accumulate)
         self.state, found = self.step(self.state, self.frozen, arrays)
         self.pending.append(found)
         self.bar.update()
@@ -199,15 +216,9 @@ class _StageRun:
 
     def _restore(self) -> tuple[dict[str, Any], Any, dict[str, Any] | None, jax.Array]:
         """(params, opt_state, data state, key) of the checkpoint at `start`."""
-        sharding = replicated(self.mesh)
-
-        def placed(tree: Any) -> Any:
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-        params = jax.eval_shape(lambda: init_params(self.setup.model_config, self.config.seed))
-        trainable, _ = partition.split(params, self.stage.trainable)
-        opt_state = jax.eval_shape(self.transform.init, trainable)
-        saved = self.checkpoints.restore(self.start, placed(params), placed(opt_state))
+        state, frozen = self.plan.abstract_state()
+        params = partition.join(state.trainable, frozen)
+        saved = self.checkpoints.restore(self.start, params, state.opt_state)
         key = jax.random.wrap_key_data(np.asarray(saved.meta["key"], np.uint32))
         return saved.params, saved.opt_state, saved.data, key
 
@@ -236,4 +247,4 @@ def stage_loss(stage: Stage, sources: tuple[str, ...]) -> losses.Loss:
         return losses.dense(stage.positive_weight)
     if stage.loss == "preference":
         return losses.preference(stage.beta)
-    return losses.next_token(sources, stage.naming)
+    return losses.next_token(sources, stage.naming, stage.chunk)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -39,18 +40,59 @@ def next_token_weights(batch: Batch) -> jax.Array:
 
 def token_log_probs(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Log-probability of tokens[:, t] by logits[:, t-1], and whether it is the likeliest: both [B, S-1]."""
-    logits = logits[:, :-1].astype(jnp.float32)
-    gold = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    scores = token_scores(logits[:, :-1], tokens[:, 1:])
+    return scores["log_probs"], scores["right"]
+
+
+def token_scores(logits: jax.Array, targets: jax.Array, names: jax.Array | None = None) -> Sums:
+    """How logits [B, T, V] score their targets int32 [B, T]; every result is [B, T].
+
+    log_probs: of the target. right: it is the likeliest. names: mean log-probability of the token ids names[b, t, :],
+    -1 for none, 0 where there are none.
+    """
+    logits = logits.astype(jnp.float32)
     top = jax.lax.stop_gradient(logits.max(-1))
     total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
-    return gold - total, gold >= top
+    # a comparison, not a gather: it is fused with its neighbours, and its gradient needs no array of logits
+    here = jnp.arange(logits.shape[-1]) == targets[..., None]
+    gold = jnp.where(here, logits, 0).sum(-1)
+    found = {"log_probs": gold - total, "right": gold >= top}
+    if names is not None:
+        used = names >= 0
+        picked = jnp.take_along_axis(logits, jnp.maximum(names, 0), axis=-1) - total[..., None]
+        share = used / jnp.maximum(used.sum(-1, keepdims=True), 1)
+        found["names"] = (share * picked).sum(-1)
+    return found
 
 
-def next_token(sources: tuple[str, ...], naming: float = 0.0) -> Loss:
+def chunked_scores(
+    apply: Apply, params: Any, batch: Batch, targets: jax.Array, names: jax.Array | None, chunk: int
+) -> Sums:
+    """`token_scores` without ever holding more logits than those of `chunk` tokens a row, in either pass.
+
+    The backward pass computes them again. A chunk takes every (S / chunk)-th token, so that where a mesh splits the
+    rows' length each device has its share of every chunk.
+    """
+    steps = targets.shape[1] // chunk
+    hidden = apply(params, batch, method="hidden")
+    arrays = {"x": hidden, "targets": targets} | ({} if names is None else {"names": names})
+    parts = jax.tree.map(lambda x: rearrange(x, "b (k n) ... -> n b k ...", n=steps), arrays)
+
+    @jax.checkpoint
+    def scores(part: Sums) -> Sums:
+        logits = apply(params, part["x"], method="logits")
+        return token_scores(logits, part["targets"], part.get("names"))
+
+    _, found = jax.lax.scan(lambda carry, part: (carry, scores(part)), None, parts)
+    return jax.tree.map(lambda x: rearrange(x, "n b k -> b (k n)"), found)
+
+
+def next_token(sources: tuple[str, ...], naming: float = 0.0, chunk: int = 0) -> Loss:
     """Cross-entropy of the answer tokens, weighted by `loss_weights` and normalised by their sum.
 
     `sources` are the names behind batch["sources"], for the per-source losses among the metrics. With `naming`
-    above 0 a second term asks the logits at each media token for batch["names"], several with equal shares.
+    above 0 a second term asks the logits at each media token for batch["names"], several with equal shares. `chunk`:
+    tokens of a row whose logits exist at one time, 0 for all.
     """
 
     def denominators(batch: Batch) -> Sums:
@@ -58,31 +100,28 @@ def next_token(sources: tuple[str, ...], naming: float = 0.0) -> Loss:
         return sums | {"names": (batch["names"][..., 0] >= 0).sum() / naming} if naming else sums
 
     def numerators(apply: Apply, params: Any, batch: Batch) -> tuple[Sums, Sums]:
-        weights = next_token_weights(batch)
-        logits = apply(params, batch)
-        log_probs, right = token_log_probs(logits, batch["tokens"])
-        losses = -log_probs * weights
-        metrics = {"token_accuracy": jnp.stack([(right * weights).sum(), weights.sum()])}
+        # position t predicts token t + 1; the last one predicts nothing
+        weights, targets, source = (
+            jnp.pad(x, ((0, 0), (0, 1)))
+            for x in (next_token_weights(batch), batch["tokens"][:, 1:], batch["sources"][:, 1:])
+        )
+        names = batch["names"] if naming else None
+        if chunk and chunk < targets.shape[1]:
+            scores = chunked_scores(apply, params, batch, targets, names, chunk)
+        else:
+            scores = token_scores(apply(params, batch), targets, names)
+        losses = -scores["log_probs"] * weights
+        metrics = {"token_accuracy": jnp.stack([(scores["right"] * weights).sum(), weights.sum()])}
         for index, name in enumerate(sources):
-            mine = batch["sources"][:, 1:] == index
+            mine = source == index
             metrics[f"loss/{name}"] = jnp.stack([(losses * mine).sum(), (weights * mine).sum()])
         sums = {"loss": losses.sum()}
         if naming:
-            sums["names"] = _naming(logits, batch["names"])
-            metrics["loss/names"] = jnp.stack([sums["names"], (batch["names"][..., 0] >= 0).sum()])
+            sums["names"] = -scores["names"].sum()
+            metrics["loss/names"] = jnp.stack([sums["names"], (names[..., 0] >= 0).sum()])
         return sums, metrics
 
     return Loss(denominators, numerators)
-
-
-def _naming(logits: jax.Array, names: jax.Array) -> jax.Array:
-    """Summed cross-entropy of [B, S, V] against the token ids [B, S, K] that share each position."""
-    used = names >= 0
-    picked = jnp.take_along_axis(logits, jnp.maximum(names, 0), axis=-1) - jax.nn.logsumexp(
-        logits, axis=-1, keepdims=True
-    )
-    share = used / jnp.maximum(used.sum(-1, keepdims=True), 1)
-    return -(share * picked).sum()
 
 
 def dense(positive_weight: float) -> Loss:

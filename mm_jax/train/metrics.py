@@ -13,18 +13,7 @@ import numpy as np
 
 from mm_jax.models import MultimodalConfig
 from mm_jax.models.flops import Work, train_flops
-
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets, by `device_kind`.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from mm_jax.parallel.chips import chip_of
 
 
 @dataclass
@@ -93,10 +82,8 @@ def rates(
 @cache
 def peak_flops() -> float:
     """FLOP/s that one local device can reach: a known bfloat16 peak, else a float32 matmul timed once."""
-    kind = jax.local_devices()[0].device_kind
-    for name, peak in PEAKS.items():
-        if kind.startswith(name):
-            return peak
+    if (chip := chip_of(jax.local_devices()[0])) is not None:
+        return chip.flops
     size, repeats = 1024, 4
     x = jnp.ones((size, size), jnp.float32)
     multiply = jax.jit(lambda a: a @ a)

@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up, cosine decay, clipping and a weight-decay mask; only sees the trainable part."""
+"""AdamW, Muon or Adafactor: warm-up, cosine decay, clipping, a weight-decay mask; sees the trainable part alone."""
 
 from typing import Any
 
@@ -62,12 +62,25 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
             weight_decay=config.weight_decay,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
+            mu_dtype=config.moment_dtype,
             muon_weight_dimension_numbers=hidden_matrices,
             consistent_rms=0.2,  # steps as large as AdamW's, so one learning rate serves both
         )
+    elif config.kind == "adafactor":
+        update = optax.chain(
+            optax.scale_by_factored_rms(decay_rate=0.8),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.scale_by_learning_rate(rates),
+        )
     else:
         update = optax.adamw(
-            rates, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=decay_mask
+            rates,
+            b1=config.beta1,
+            b2=config.beta2,
+            mu_dtype=config.moment_dtype,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import numpy as np
 from mm_jax.checkpoint.run import load_params
 from mm_jax.data.messages import Conversation
 from mm_jax.data.pretrained import PretrainedProcessor
-from mm_jax.data.processor import Processor
+from mm_jax.data.processor import Processor, ProcessorConfig
 from mm_jax.data.sources import Source, open_source
 from mm_jax.errors import UserError
-from mm_jax.models import MultimodalConfig, MultimodalLM, dummy_batch
+from mm_jax.models import Execution, MultimodalConfig, MultimodalLM, dummy_batch
 from mm_jax.train.config import RunConfig, check_same_run, read_config, save_config
 from mm_jax.train.start import complete_config, load_processor, write_processor
 
@@ -29,14 +30,24 @@ class Setup:
     processor: Processor | PretrainedProcessor
     model_config: MultimodalConfig
     sources: dict[str, Source]
+    execution: Execution = Execution()
 
     @property
     def model(self) -> MultimodalLM:
-        return MultimodalLM(self.model_config)
+        return MultimodalLM(self.model_config, self.execution)
 
     def apply(self, params: dict[str, Any], batch: dict[str, jax.Array], method: str | None = None) -> Any:
         """`model.apply` over bare params."""
-        return self.model.apply({"params": params}, batch, method=method)
+        return apply_of(self.model)(params, batch, method)
+
+
+def apply_of(model: MultimodalLM) -> Callable[..., Any]:
+    """(params, batch, method=None) -> what the method gives: `model.apply` over bare params."""
+
+    def apply(params: dict[str, Any], batch: Any, method: str | None = None) -> Any:
+        return model.apply({"params": params}, batch, method=method)
+
+    return apply
 
 
 def prepare(config: RunConfig, run_dir: Path) -> Setup:
@@ -86,11 +97,17 @@ def complete_model(model: MultimodalConfig, processor: Processor | PretrainedPro
     if isinstance(processor, PretrainedProcessor):
         return model
     decoder = dataclasses.replace(model.decoder, vocab_size=processor.vocab_size)
-    heads = model.heads
-    if heads is not None:
-        targets = processor.config.targets
-        heads = dataclasses.replace(heads, num_labels=max(len(targets.labels), 1), box_bins=targets.box_bins)
-    return dataclasses.replace(model, decoder=decoder, heads=heads)
+    return complete_heads(dataclasses.replace(model, decoder=decoder), processor.config)
+
+
+def complete_heads(model: MultimodalConfig, config: ProcessorConfig | None) -> MultimodalConfig:
+    """`model` with the label counts of a processor's config, 1 where it has none yet."""
+    if model.heads is None or config is None:
+        return model
+    labels, bins = max(len(config.targets.labels), 1), config.targets.box_bins
+    return dataclasses.replace(
+        model, heads=dataclasses.replace(model.heads, num_labels=labels, box_bins=bins)
+    )
 
 
 def check_model(config: RunConfig) -> None:
@@ -158,9 +175,16 @@ def check_naming(name: str, config: RunConfig) -> None:
         )
 
 
-def init_params(model: MultimodalConfig, seed: int) -> dict[str, Any]:
-    """Random first parameters; the same seed gives the same bits."""
-    init = jax.jit(lambda key: MultimodalLM(model).init(key, dummy_batch(model))["params"])
+def abstract_params(model: MultimodalConfig) -> dict[str, Any]:
+    """Shapes and dtypes of all parameters."""
+    return jax.eval_shape(lambda: init_params(model, 0))
+
+
+def init_params(model: MultimodalConfig, seed: int, shardings: Any = None) -> dict[str, Any]:
+    """Random first parameters, made where `shardings` (a tree like them) says; the same seed gives the same bits."""
+    init = jax.jit(
+        lambda key: MultimodalLM(model).init(key, dummy_batch(model))["params"], out_shardings=shardings
+    )
     return init(jax.random.key(seed))
 
 

@@ -20,12 +20,14 @@ def make_step(
     transform: optax.GradientTransformation,
     rates: optax.Schedule,
     accumulate: int = 1,
+    shardings: TrainState | None = None,
 ) -> Step:
     """The step of a stage: (state, frozen params, batch) -> (state, metrics); the state is donated.
 
     apply: (params, batch, method=None) -> model output. Batch arrays are [B, ...], or [A, B, ...] when
     `accumulate` = A > 1. Metrics stay on the device as {name: float32 [numerator, denominator]}; summing them
-    over steps and dividing gives the average of an interval.
+    over steps and dividing gives the average of an interval. `shardings`: where the state lies, before and after, and
+    with it the gradients.
     """
 
     def gradients(trainable: Any, frozen: Any, batch: Batch, totals: Sums) -> tuple[Any, Sums]:
@@ -35,7 +37,10 @@ def make_step(
             value = sum(terms[1:], terms[0])
             return value, {**metrics, "loss": jnp.stack([value, jnp.float32(1)])}
 
-        return jax.grad(objective, has_aux=True)(trainable)
+        grads, metrics = jax.grad(objective, has_aux=True)(trainable)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings.trainable)
+        return grads, metrics
 
     def step(state: TrainState, frozen: dict[str, Any], batch: Batch) -> tuple[TrainState, Sums]:
         totals = loss.denominators(batch)
@@ -60,4 +65,6 @@ def make_step(
         key = jax.random.fold_in(state.key, state.step)
         return TrainState(state.step + 1, trainable, opt_state, key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

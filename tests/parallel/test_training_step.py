@@ -1,4 +1,4 @@
-"""A training step of the whole model: one program for every kind of batch, one result on any number of devices."""
+"""A training step of the whole model: one program for every kind of batch, one result on any mesh."""
 
 import dataclasses
 import json
@@ -8,53 +8,69 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import AxisType, Mesh
+from flax.traverse_util import flatten_dict
 
 from mm_jax.data.messages import Conversation, Message, Text
 from mm_jax.data.packing import BatchConfig, Layout, collate
 from mm_jax.errors import UserError
-from mm_jax.models import MultimodalLM
-from mm_jax.parallel.mesh import data_mesh, put_batch, replicated
+from mm_jax.models import Execution, MultimodalLM
+from mm_jax.parallel.mesh import MeshConfig, make_mesh
+from mm_jax.parallel.rules import Rules, place_tree, put_batch, replicated
 from mm_jax.train import losses, partition
-from mm_jax.train.config import OptimizerConfig
-from mm_jax.train.optimizer import optimizer, schedule
 from mm_jax.train.state import TrainState
 from mm_jax.train.step import make_step
-from tests.tiny import tiny, user
+from tests.tiny import random_params, tiny, user
 
-ROWS = BatchConfig(rows=4, length=64, images=3, audio=2)
+ROWS = BatchConfig(rows=8, length=64, images=3, audio=2)
 QUESTIONS = {
     "text": [user("how many"), user("red or blue")],
     "images": [user("what colour is the square", images=(0, 1)), user("red", images=(2,))],
     "audio": [user("which word do you hear", clips=(0,)), user("one or two", clips=(1,))],
     "both": [user("is it in the square", images=(3,), clips=(2,)), user("blue", images=(1, 2))],
 }
+MESHES = {
+    "fsdp": MeshConfig(fsdp=8),
+    "tensor": MeshConfig(tensor=2, data=4),
+    "mixed": MeshConfig(data=1, fsdp=2, tensor=2, context=2),
+}
+RULES = {
+    "mixed": Rules(tower_heads=("tensor",), tower_mlp=("tensor",)),
+    # the towers' own rule may differ from the decoder's
+    "tensor": Rules(tower_embed=()),
+}
 
 
 class Training:
-    """The next-token stage of a tiny model, on a mesh."""
+    """The next-token loss of a tiny model on a mesh; the first update is the gradient, later ones are small."""
 
-    def __init__(self, mesh: Mesh):
-        config, params, self.processor = tiny()
+    def __init__(self, name: str, remat: str = "none"):
+        config, _, self.processor = tiny()
         # one layer: most of the time of this file is compilation
-        config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_layers=1))
-        params["decoder"]["layers"] = jax.tree.map(lambda x: x[:1], params["decoder"]["layers"])
-        model = MultimodalLM(config)
-        adam = OptimizerConfig(learning_rate=1e-3, warmup_steps=1)
-        transform = optimizer(adam, 10)
+        decoder = dataclasses.replace(config.decoder, num_layers=1, vocab_size=400)
+        config = dataclasses.replace(config, decoder=decoder)
+        params = random_params(config, 0)
+        self.rules = RULES.get(name, Rules())
+        devices = jax.devices()
+        self.mesh = make_mesh(MESHES[name]) if name in MESHES else make_mesh(devices=devices[:1])
+        model = MultimodalLM(config, Execution(self.mesh, self.rules.axes(), remat))
+        transform = optax.sgd(lambda step: jnp.where(step == 0, 1.0, 1e-3))
         trainable, frozen = partition.split(params, (".*_projector", "decoder"))
-        self.mesh = mesh
-        self.frozen, trainable, opt_state, step, key = jax.device_put(
-            (frozen, trainable, transform.init(trainable), np.int32(0), jax.random.key(0)), replicated(mesh)
-        )
-        self.state = TrainState(step, trainable, opt_state, key)
+        state = TrainState(np.int32(0), trainable, transform.init(trainable), jax.random.key(0))
+        shardings = place_tree((state, frozen), params, self.mesh, self.rules)
+        self.state, self.frozen = jax.device_put((state, frozen), shardings)
 
         def apply(params, batch, method=None):
             return model.apply({"params": params}, batch, method=method)
 
-        self.step = make_step(apply, losses.next_token(("a",)), transform, schedule(adam, 10))
+        def rates(step):
+            return 1.0
+
+        loss = losses.next_token(("a",))
+        self.step = make_step(apply, loss, transform, rates, shardings=shardings[0])
 
     def batch(self, *rows: str) -> dict:
         """Each row: the two conversations of that name, packed."""
@@ -65,86 +81,115 @@ class Training:
         ]
         return collate(packed, ROWS, Layout.of(self.processor), {"a": 0})
 
-    def run(self, batch: dict) -> dict[str, float]:
-        self.state, metrics = self.step(self.state, self.frozen, put_batch(batch, self.mesh))
+    def run(self, *rows: str) -> dict[str, float]:
+        arrays = put_batch(self.batch(*rows), self.mesh, self.rules)
+        self.state, metrics = self.step(self.state, self.frozen, arrays)
         return {name: float(x[0] / x[1]) for name, x in metrics.items()}
 
 
-def compare() -> None:
-    """In a process with four devices: six steps on all of them and on one; prints what happened as JSON.
+def compare(directory: str) -> None:
+    """In a process with eight devices: steps on every mesh; what happened as JSON, the parameters beside it.
 
-    The first and the last batch have a row of every kind, those between have rows of one kind.
+    The first batch has rows of every kind, the others rows of one kind.
     """
-    everywhere = data_mesh(ROWS.rows)
-    alone = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
-    results: dict = {"compiled": []}
+    results: dict = {"compiled": {}, "metrics": {}}
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
-    for name, mesh in (("four", everywhere), ("one", alone)):
-        training, results[name] = Training(mesh), []
-        kinds = [tuple(QUESTIONS), *((kind,) * 4 for kind in QUESTIONS), tuple(QUESTIONS)]
-        for rows in kinds:
+    for name in ("one", *MESHES):
+        training, results["metrics"][name], results["compiled"][name] = Training(name), [], []
+        kinds = [tuple(QUESTIONS) * 2, *((kind,) * 8 for kind in QUESTIONS)]
+        for k, rows in enumerate(kinds if name in ("one", "mixed") else kinds[:1]):
             compiled.clear()
-            results[name].append(training.run(training.batch(*rows)))
-            results["compiled"].append(len(compiled))
-        kernel = training.state.trainable["decoder"]["layers"]["mlp"]["up"]["kernel"]
-        whole = [shard.device for shard in kernel.addressable_shards if shard.data.shape == kernel.shape]
-        results[name + "_copies"] = len(set(whole))
-    spread = put_batch(training.batch(*QUESTIONS), everywhere)
+            results["metrics"][name].append(training.run(*rows))
+            results["compiled"][name].append(len(compiled))
+            if k == 0:
+                flat = flatten_dict(jax.device_get(training.state.trainable), sep="/")
+                np.savez(f"{directory}/{name}.npz", **flat)
+        results[name + "_shards"] = {
+            path: [list(array.shape), list(array.addressable_shards[0].data.shape)]
+            for path, array in flatten_dict(training.state.trainable | training.frozen, sep="/").items()
+        }
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    spread = put_batch(training.batch(*tuple(QUESTIONS) * 2), mesh)
     results["rows"] = [
         {name: len(shard.data) for name, shard in zip(spread, shards, strict=True)}
         for shards in zip(*(x.addressable_shards for x in spread.values()), strict=True)
     ]
-    second = put_batch({"tokens": np.zeros((2, 4, 8))}, everywhere, accumulate=2)["tokens"]
+    second = put_batch({"tokens": np.zeros((2, 8, 8))}, mesh, accumulate=2)["tokens"]
     results["accumulated"] = [shard.data.shape for shard in second.addressable_shards]
     try:
-        data_mesh(6)
+        put_batch({"tokens": np.zeros((6, 8))}, mesh)
     except UserError as error:
         results["uneven"] = str(error)
-    print(json.dumps(results))
+    hybrid = make_mesh(MeshConfig(dcn_data=2))
+    results["hybrid"] = dict(hybrid.shape)
+    assert replicated(hybrid).is_fully_replicated
+    Path(directory, "results.json").write_text(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
-def results() -> dict:
-    here = Path(__file__)
-    program = (
-        f"import sys; sys.path.insert(0, {str(here.parent)!r}); from {here.stem} import compare; compare()"
-    )
+def results(tmp_path_factory) -> dict:
+    here, directory = Path(__file__), tmp_path_factory.mktemp("meshes")
+    program = f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as t; t.compare(sys.argv[1])"
     path = os.pathsep.join([str(here.parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": path}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=600
+        [sys.executable, "-c", program, str(directory)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=2400,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found = json.loads((directory / "results.json").read_text())
+    return found | {"params": {name: dict(np.load(directory / f"{name}.npz")) for name in ("one", *MESHES)}}
 
 
-def test_four_devices_equal_one(results):
-    four, one = results["four"], results["one"]
-    assert [step.keys() for step in four] == [step.keys() for step in one]
-    for a, b in zip(four, one, strict=True):
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
-    assert one[5]["loss"] < one[0]["loss"] - 1e-2  # the same batch after five updates: it does learn
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_equals_one_device(results, name):
+    """Loss, metrics and every gradient."""
+    for ours, one in zip(results["metrics"][name], results["metrics"]["one"], strict=False):
+        assert ours.keys() == one.keys()
+        for key in ours:
+            assert ours[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
+    for path, expected in results["params"]["one"].items():
+        np.testing.assert_allclose(results["params"][name][path], expected, atol=1e-5, err_msg=path)
 
 
 def test_text_pictures_and_sounds_go_through_one_program(results):
     """Compilations anywhere in the process: the first step of a mesh has some, the others have none."""
-    first, *others = results["compiled"][:6]
-    assert first > 0 and others == [0] * 5
-    assert results["compiled"][7:] == [0] * 5
-    values = [step["loss"] for step in results["one"]]
-    assert np.isfinite(values).all() and len(set(values)) == 6
+    for name in ("one", "mixed"):
+        first, *others = results["compiled"][name]
+        assert first > 0 and others == [0] * 4
+    values = [step["loss"] for step in results["metrics"]["one"]]
+    assert np.isfinite(values).all() and len(set(values)) == 5
 
 
-def test_rows_are_spread_and_parameters_copied(results):
-    assert len(results["rows"]) == 4
+def test_parameters_are_in_pieces(results):
+    """[whole, piece of one device] of a matrix, by mesh."""
+    up, table = "decoder/layers/mlp/up/kernel", "decoder/embedding/embedding"
+    tower = "vision/layers/mlp/up/kernel"
+    pieces = {name: results[name + "_shards"] for name in ("one", *MESHES)}
+    assert pieces["one"][up] == [[1, 32, 48], [1, 32, 48]]
+    assert pieces["fsdp"][up][1] == [1, 4, 48] and pieces["fsdp"][tower][1] == [1, 3, 32]
+    assert pieces["tensor"][up][1] == [1, 32, 24] and pieces["tensor"][tower][1] == [1, 24, 32]
+    assert pieces["mixed"][up][1] == [1, 8, 24] and pieces["mixed"][tower][1] == [1, 6, 16]
+    assert pieces["mixed"][table] == [[400, 32], [200, 8]]
+    for found in pieces["fsdp"].values():  # nothing of the size of a matrix is whole
+        assert found[0] != found[1] or np.prod(found[0]) <= 400
+
+
+def test_rows_are_spread(results):
+    assert len(results["rows"]) == 8
     assert all(set(device.values()) == {1} for device in results["rows"])
-    assert (results["four_copies"], results["one_copies"]) == (4, 1)
-    assert results["accumulated"] == [[2, 1, 8]] * 4
+    assert results["accumulated"] == [[2, 1, 8]] * 8
+    assert results["hybrid"] == {"dcn_data": 2, "data": 4, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
 
 
 def test_rows_that_cannot_be_spread_are_a_clear_mistake(results):
-    assert results["uneven"] == "batch.rows is 6, a multiple of the 4 devices is needed"
+    assert results["uneven"] == (
+        "batch array tokens [6, 8]: batch 6 cannot be split over fsdp 8; choose a mesh whose fsdp divides 6, or leave "
+        "batch whole with an empty rules.batch"
+    )

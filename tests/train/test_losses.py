@@ -1,6 +1,10 @@
 """Losses against literal numbers."""
 
+import math
+from collections.abc import Iterator
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,6 +59,62 @@ def test_naming_asks_the_logits_at_media_tokens_for_what_they_show() -> None:
     term = -(np.log(0.25) + np.log(0.6)) / 2
     assert found == pytest.approx(plain + 0.5 * term, rel=1e-6)
     np.testing.assert_allclose(metrics["loss/names"], [2 * term, 2], rtol=1e-6)
+
+
+def chunk_case() -> tuple[dict, dict]:
+    """(params, batch) of a linear model of 8 tokens a row: embedding [11, 6], head [6, 11]."""
+    rng = np.random.default_rng(0)
+    shape = (2, 8)
+    batch = {
+        "tokens": rng.integers(0, 11, shape), "sources": rng.integers(0, 2, shape), "names": np.full((*shape, 2), -1),
+        "segment_ids": np.array([[1] * 5 + [2] * 3, [1] * 6 + [0] * 2]), "loss_weights": rng.random(shape) + 0.1,
+    }  # fmt: skip
+    batch["names"][:, 2:4] = [[3, -1], [4, 5]]
+    params = {"embedding": rng.normal(size=(11, 6)), "head": rng.normal(size=(6, 11))}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), jax.tree.map(jnp.asarray, batch)
+
+
+def linear(params: dict, x: dict, method: str | None = None) -> jax.Array:
+    if method == "logits":
+        return x @ params["head"]
+    hidden = jnp.tanh(params["embedding"][x["tokens"]])
+    return hidden if method == "hidden" else hidden @ params["head"]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_chunks_give_the_same_loss_and_gradients(chunk: int) -> None:
+    params, batch = chunk_case()
+
+    def total(params: dict, chunk: int) -> tuple[jax.Array, dict]:
+        sums, metrics = losses.next_token(("a", "b"), 0.5, chunk).numerators(linear, params, batch)
+        return sums["loss"] + sums["names"], metrics
+
+    (plain, metrics), expected = jax.value_and_grad(total, has_aux=True)(params, 0)
+    (found, ours), grads = jax.value_and_grad(total, has_aux=True)(params, chunk)
+    assert float(found) == pytest.approx(float(plain), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), grads, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, metrics)
+    assert max(jnp.abs(x).max() for x in jax.tree.leaves(grads)) > 0.1
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_chunks_never_hold_all_logits(chunk: int) -> None:
+    """The largest array anywhere in the gradient's program: [2, 8, 11] logits without chunks, [2, 2, 11] with."""
+    params, batch = chunk_case()
+    loss = losses.next_token(("a", "b"), chunk=chunk)
+    program = jax.make_jaxpr(jax.grad(lambda p: loss.numerators(linear, p, batch)[0]["loss"]))(params)
+    largest = max(math.prod(shape) for shape in shapes(program.jaxpr) if shape[-1:] == (11,))
+    assert (largest >= 2 * 8 * 11) == (chunk == 0)
+
+
+def shapes(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[int, ...]]:
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars)
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from shapes(getattr(inner, "jaxpr", inner))
 
 
 def test_preference_is_dpo_over_summed_answer_log_probs() -> None:
