@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 # The data set of the quickstart is made of real digits, charts and a speech synthesiser.
 QUICKSTART = ["scikit-learn>=1.4", "espeakng-loader>=0.2.4"]
+TPU = ["jax[tpu]>=0.10.2,<0.13"]  # also to compile for TPUs where there is none
 TENSORBOARD = ["tensorboardX>=2.6"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34", "prometheus_client>=0.21", "llguidance>=1.3"]
 # The reference that the zoo is compared with; 2.13.0 and 5.24.0 were tried.
@@ -46,6 +47,7 @@ setup(
         "quickstart": QUICKSTART,
         "tensorboard": TENSORBOARD,
         "serve": SERVE,
+        "tpu": TPU,
         "parity": PARITY,
         "test": QUICKSTART + TENSORBOARD + SERVE + PARITY + TEST,
     },

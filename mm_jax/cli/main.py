@@ -8,9 +8,11 @@ from mm_jax.errors import UserError, nearest
 
 COMMANDS = {
     "train": "train or go on with a run",
+    "compile": "say what the programs of a config need, on TPUs that are not there",
     "data": "prepare or look at the data of a config",
     "evaluate": "score a run on held-out data",
     "report": "write the report page of a run",
+    "bench": "time a training step, beside torch where it is installed",
     "chat": "talk with a model about pictures and sounds",
     "generate": "answer one prompt",
     "inspect": "what a checkpoint is made of and what it needs",

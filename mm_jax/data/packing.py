@@ -100,8 +100,22 @@ class Layout:
         that knows it."""
         if (known := getattr(processor, "layout", None)) is not None:
             return known
-        config = processor.config
-        fields: dict[str, Any] = {"pad_id": processor.pad_id, "names": names, "two_way": two_way}
+        return cls.of_config(
+            processor.config, processor.pad_id, targets=targets, names=names, two_way=two_way
+        )
+
+    @classmethod
+    def of_config(
+        cls,
+        config: Any,
+        pad_id: int = 0,
+        *,
+        targets: bool = False,
+        names: bool = False,
+        two_way: str = "none",
+    ) -> Layout:
+        """`of` a processor that is not there yet, from its config."""
+        fields: dict[str, Any] = {"pad_id": pad_id, "names": names, "two_way": two_way}
         if config.image is not None:
             size = (config.image.height, config.image.width)
             fields |= {"image_tokens": config.image.num_tokens, "image_size": size}
