@@ -19,7 +19,7 @@ from tests.parity.record import note
 TOLERANCE = 1e-4
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def compiled(lm):
     """`lm.apply` with its programs, which the batches of one test share."""
     return jax.jit(lm.apply)
