@@ -11,12 +11,15 @@ import jax
 import numpy as np
 
 from mm_jax.checkpoint.hf import HFCheckpoint, is_hf, load_hf, save_hf
+from mm_jax.checkpoint.kept import is_kept, open_kept
+from mm_jax.checkpoint.pretrained import processor_of
 from mm_jax.data.example import TAPS, Example
 from mm_jax.data.messages import Audio, Conversation, Image, Message, Part, Text, messages_from_json
 from mm_jax.data.packing import Layout
 from mm_jax.data.pretrained import PretrainedProcessor
 from mm_jax.errors import UserError
-from mm_jax.inference.arrays import batch_of, layout_of
+from mm_jax.families.media import layout_of
+from mm_jax.inference.arrays import batch_of
 from mm_jax.inference.batch import collate_prompts, count_bucket
 from mm_jax.inference.engine import Engine
 from mm_jax.inference.programs import Programs
@@ -45,7 +48,7 @@ class LanguageModel:
       config: sizes of the model.
       params: plain nested dict of arrays.
       processor: messages to arrays and back.
-      checkpoint: the Hugging Face checkpoint that it was loaded from, or None.
+      checkpoint: the Hugging Face checkpoint that it, or the run that trained it, was loaded from, or None.
       stop_ids: the tokens that end an answer.
       max_length: most tokens of prompt and answer together.
       programs: the compiled programs that all engines of the model share.
@@ -87,14 +90,7 @@ class LanguageModel:
     def processor(self) -> Processor | PretrainedProcessor:
         """Raises UserError for a Hugging Face checkpoint without a tokenizer."""
         if self._processor is None:
-            known = self.checkpoint
-            self._processor = PretrainedProcessor.load(
-                known.directory,
-                known.rule,
-                pad_id=self.layout.pad_id,
-                stop_ids=known.stop_ids,
-                template=known.system.template,
-            )
+            self._processor = processor_of(self.checkpoint, self.config)
         return self._processor
 
     def prompt(self, messages: Messages, **how: Any) -> Example:
@@ -384,8 +380,12 @@ def load(
     from mm_jax.train.setup import read_run  # training code is not needed to use a model that is in memory
 
     config, processor, params = read_run(path, stage)
-    longest = max(stage.batch.length for stage in config.stages.values())
-    return LanguageModel(config.model, params, processor, max_length=max(1024, longest))
+    longest = max(1024, *(stage.batch.length for stage in config.stages.values()))
+    kept, checkpoint = Path(path) / "processor", None
+    if is_kept(kept):
+        checkpoint = open_kept(kept, config.model)
+        longest = checkpoint.system.text.max_length
+    return LanguageModel(config.model, params, processor, checkpoint=checkpoint, max_length=longest)
 
 
 def load_lm(path: str | Path, stage: str | None = None) -> LanguageModel:
@@ -398,6 +398,8 @@ def load_lm(path: str | Path, stage: str | None = None) -> LanguageModel:
 
 def save(lm: LanguageModel | Tower, directory: str | Path, format: str = "hf") -> None:
     """Writes `lm.params` as a Hugging Face checkpoint that transformers loads.
+
+    Also of a run that began with such a checkpoint, with the weights as they are now.
 
     Raises UserError for another format, and for a model that did not come from a Hugging Face checkpoint.
     """

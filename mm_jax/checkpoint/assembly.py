@@ -106,7 +106,7 @@ def read_part(
         of the others.
       place: sharding of each parameter.
 
-    Raises UserError where the part lacks a parameter.
+    Raises UserError where the part lacks a parameter, or has one of another size.
     """
     weights = {weight.path: weight for weight in part.weights if weight.path in shapes}
     lacking = {path for path in shapes if path.startswith(f"{part.name}/")} - weights.keys()
@@ -114,6 +114,7 @@ def read_part(
         raise UserError(f"{part.opened.directory}: its {part.name} part has nothing for {sorted(lacking)[0]}")
     found = {}
     for path, weight in weights.items():
+        _check_shape(part, weight, shapes[path])
         size = list(shapes[path])
         if path in TABLES:
             size[TABLES[path]] = min(part.config.vocab_size, size[TABLES[path]])
@@ -122,6 +123,21 @@ def read_part(
             array = _longer(array, TABLES[path], shapes[path], place(path, shapes[path]))
         found[path] = array
     return found
+
+
+def _check_shape(part: Part, weight: Weight, shape: tuple[int, ...]) -> None:
+    """A vocabulary may be smaller than the model's, and of a tower the first blocks are enough."""
+    known = part.opened.shapes
+    stored = known.get(weight.path) or known[weight.path.removeprefix(f"{part.name}/")]
+    cut = part.name == "vision" and weight.depth > 0
+    fits = len(stored) == len(shape) and all(
+        there == here or (there < here if TABLES.get(weight.path) == k else cut and k == 0 and there > here)
+        for k, (there, here) in enumerate(zip(stored, shape, strict=True))
+    )
+    if not fits:
+        raise UserError(
+            f"{part.opened.directory}: {weight.path} is {list(stored)} there and {list(shape)} in this model"
+        )
 
 
 def _longer(array: jax.Array, axis: int, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:

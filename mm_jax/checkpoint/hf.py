@@ -66,7 +66,7 @@ class HFCheckpoint:
 def is_hf(directory: str | Path) -> bool:
     """Whether the directory holds a config.json with a model_type."""
     path = Path(directory) / "config.json"
-    return path.is_file() and "model_type" in _json(path)
+    return path.is_file() and "model_type" in read_json(path)
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,24 @@ class Opened:
 def open_hf(directory: str | Path) -> Opened:
     """What a directory holds. Raises UserError as `load_hf` does."""
     directory = Path(directory)
-    values = _json(directory / "config.json")
-    kind = values.get("model_type")
-    family = next((ARCHITECTURES[a] for a in values.get("architectures") or () if a in ARCHITECTURES), None)
-    if family is None and kind not in FAMILIES:
-        raise UserError(f'{directory}: the model_type "{kind}" is not known{nearest(str(kind), FAMILIES)}')
-    family = family or FAMILIES[kind]
+    values = read_json(directory / "config.json")
+    family = family_of(directory, values)
     tensors = _canonical(_tensors(directory), family.renames)
     system = family.system(values, Names.of({name: tensor.shape for name, tensor in tensors.items()}))
     shapes = abstract_params(system.config)
     unused = _check(directory, tensors, system, shapes)
     return Opened(directory, family, values, system, tensors, shapes, unused)
+
+
+def family_of(directory: Path, values: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises UserError for one that is not known."""
+    for name in values.get("architectures") or ():
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    kind = values.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f'{directory}: the model_type "{kind}" is not known{nearest(str(kind), FAMILIES)}')
+    return FAMILIES[kind]
 
 
 def load_hf(
@@ -151,7 +158,7 @@ def load_hf(
         stop_ids(opened.directory, system),
         system,
         opened.rule(),
-        tuple(sorted(_small_files(opened.directory))),
+        tuple(sorted(small_files(opened.directory))),
         {name: tensors[name].map() for name in opened.unused},
     )
     return checkpoint, unflatten_dict(params, sep="/")
@@ -167,7 +174,8 @@ def abstract_params(config: Any) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises UserError where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -182,7 +190,7 @@ def _json(path: Path) -> dict[str, Any]:
 def stop_ids(directory: Path, system: System) -> tuple[int, ...]:
     """The tokens that end an answer."""
     path = directory / "generation_config.json"
-    found = _json(path).get("eos_token_id") if path.is_file() else None
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
     default = system.text.stop_ids if system.text else ()
     return token_ids(found) or default
 
@@ -193,7 +201,7 @@ def _tensors(directory: Path) -> dict[str, StoredTensor]:
     if single.is_file():
         return safetensors.read_header(single)
     if (directory / INDEX).is_file():
-        index = _json(directory / INDEX)["weight_map"]
+        index = read_json(directory / INDEX)["weight_map"]
         lost = sorted({file for file in index.values() if not (directory / file).is_file()})
         if lost:
             raise UserError(f"{directory}: {INDEX} names files that are not there: {', '.join(lost)}")
@@ -304,7 +312,8 @@ def _of_layer(sharding: Sharding) -> Sharding:
     return sharding
 
 
-def _small_files(directory: Path) -> Iterator[Path]:
+def small_files(directory: Path) -> Iterator[Path]:
+    """Those that belong to a checkpoint besides weights and config.json: tokenizer, templates, settings."""
     for path in directory.iterdir():
         weights = path.name.startswith("model") or path.suffix not in (".json", ".jinja", ".txt", ".model")
         if path.is_file() and not weights and path.name != "config.json":

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mm_jax.checkpoint.assembly import Part
-from mm_jax.checkpoint.hf import stop_ids
+from mm_jax.checkpoint.hf import HFCheckpoint, stop_ids
 from mm_jax.data.joined_rule import JoinedRule
 from mm_jax.data.media_rule import FixedImage, MediaRule, Settings
 from mm_jax.data.mel_rule import MelAudio
@@ -21,6 +21,7 @@ from mm_jax.data.pixels import PixelRule
 from mm_jax.data.pretrained import PretrainedProcessor
 from mm_jax.data.pretrained_tokenizer import PretrainedTokenizer
 from mm_jax.errors import UserError
+from mm_jax.families.media import layout_of
 from mm_jax.models import AudioEncoderConfig, MultimodalConfig, ProjectorConfig, ViTConfig
 from mm_jax.models.encoders import AudioConfig
 
@@ -69,6 +70,20 @@ def write_pretrained(parts: Mapping[str, Part], directory: Path) -> None:
     stops = stop_ids(decoder.directory, decoder.system)
     for name, values in (("processor_config.json", settings), (IDS, {"stop": list(stops), "pad": pad})):
         (directory / name).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def processor_of(checkpoint: HFCheckpoint, model: MultimodalConfig) -> PretrainedProcessor:
+    """That of a whole system. Raises UserError for a directory without a tokenizer."""
+    text, rule = checkpoint.system.text, checkpoint.rule
+    layout = layout_of(model, text.pad_id, checkpoint.stop_ids, rule.taps)
+    return PretrainedProcessor.load(
+        checkpoint.directory,
+        rule,
+        pad_id=layout.pad_id,
+        stop_ids=checkpoint.stop_ids,
+        template=checkpoint.system.template,
+        layout=layout,
+    )
 
 
 def is_pretrained(directory: Path) -> bool:

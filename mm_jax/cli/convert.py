@@ -1,4 +1,4 @@
-"""`convert`: a Hugging Face checkpoint in another dtype, in other files, or with the names that transformers writes."""
+"""`convert`: a Hugging Face checkpoint, or a run that began with one, as a directory that transformers loads."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mm_jax.cli.parser import Parser
-from mm_jax.errors import UserError
+from mm_jax.errors import UserError, nearest
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(
         "convert",
-        "Read a Hugging Face checkpoint in any spelling of its names and write one that transformers loads:\n"
-        "weights in safetensors, config.json, tokenizer, template and processor files.",
-        "python -m mm_jax convert path/to/llava path/to/copy --dtype bfloat16",
+        "Read a Hugging Face checkpoint in any spelling of its names, or the newest weights of a run that began\n"
+        "with one, and write a directory that transformers loads: weights in safetensors, config.json, tokenizer,\n"
+        "template and processor files.",
+        "python -m mm_jax convert runs/llava path/to/llava --dtype bfloat16",
     )
-    parser.add_argument("source", help="Hugging Face checkpoint")
+    parser.add_argument("source", help="Hugging Face checkpoint, or run directory")
     parser.add_argument("target", help="directory to write")
-    parser.add_argument("--dtype", help="float32 or bfloat16 (default: as it is)")
+    parser.add_argument("--dtype", help="float32 or bfloat16 (default: as it is; of a run float32)")
+    parser.add_argument("--stage", help="stage of a run (default: the last one that has weights)")
     parser.add_argument(
         "--shard-gb", type=float, default=5.0, metavar="GB", help="largest file of weights (5)"
     )
@@ -34,11 +36,24 @@ def main(argv: Sequence[str]) -> int:
     import jax
     from tqdm import tqdm
 
-    from mm_jax.checkpoint.hf import is_hf, load_hf, save_hf  # after --help: this imports jax
+    from mm_jax.checkpoint.hf import FLOATS, is_hf, save_hf  # after --help: this imports jax
+    from mm_jax.lm import load
 
-    if not is_hf(source):
-        raise UserError(f"{source} is no Hugging Face checkpoint: it has no config.json with a model_type")
-    checkpoint, params = load_hf(source, options.dtype)
+    is_run = not is_hf(source)
+    if is_run and not (source / "config.json").is_file():
+        raise UserError(
+            f"{source} is no Hugging Face checkpoint (it has no config.json with a model_type) and no run either"
+        )
+    lm = load(source, options.stage, dtype=None if is_run else options.dtype)
+    checkpoint, params = lm.checkpoint, lm.params
+    if checkpoint is None:
+        raise UserError(
+            f"{source} is a run that belongs to no Hugging Face family; only one with init.checkpoint does"
+        )
+    if is_run and options.dtype is not None:
+        if options.dtype not in FLOATS:
+            raise UserError(f'--dtype is "{options.dtype}"{nearest(options.dtype, FLOATS)}')
+        params = jax.tree.map(lambda x: x.astype(options.dtype), params)
     total = sum(array.nbytes for array in [*jax.tree.leaves(params), *checkpoint.unused.values()])
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {target}") as bar:
         save_hf(target, checkpoint, params, int(options.shard_gb * 10**9), bar.update)

@@ -32,7 +32,8 @@ class BatchConfig:
     length: int
     """Tokens a row, media placeholders included (merged length)."""
     images: int = 0
-    """Picture slots a row; 0: the batch has no picture arrays."""
+    """Picture slots a row; 0: the batch has no picture arrays. Where pictures are cut into tiles a slot is a tile, and
+    where they come in any size it is a patch."""
     audio: int = 0
     """Audio window slots a row; 0: the batch has no audio arrays."""
     pairs: int = 0
@@ -150,7 +151,7 @@ def refusal(example: Example, batch: BatchConfig) -> tuple[str, str] | None:
     if tokens > batch.length:
         return "too_long", f"{tokens} tokens, a row holds {batch.length}"
     if images > batch.images:
-        return "too_many_images", f"{images} images, a row holds {batch.images}"
+        return "too_many_images", f"{images} image slots, a row holds {batch.images}"
     if audio > batch.audio:
         return "too_much_audio", f"{audio} audio windows, a row holds {batch.audio}"
     if pair > batch.pairs:

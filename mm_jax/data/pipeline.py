@@ -40,9 +40,9 @@ _GIVE_UP_AFTER = 1000  # samples of one source in a row that cannot be used
 class BatchInfo:
     """What a batch holds, for the log. Counts are of this process.
 
-    padding: share of positions without a token. trainable: tokens with a loss weight, by source. drops:
-    samples refused since the start of the stage, by source and reason. epochs: how often each source has
-    been gone through.
+    images, audio: slots in use. padding: share of positions without a token. trainable: tokens with a loss
+    weight, by source. drops: samples refused since the start of the stage, by source and reason. epochs: how
+    often each source has been gone through.
     """
 
     examples: int
@@ -394,8 +394,8 @@ class _Plan:
         info = BatchInfo(
             examples=len(flat),
             tokens=tokens,
-            images=sum(len(example.pixel_values) for example in flat),
-            audio=sum(len(example.audio_values) for example in flat),
+            images=sum(example.num_images for example in flat),
+            audio=sum(example.num_audio for example in flat),
             padding=1 - tokens / (len(rows) * self._batch.length),
             trainable=trainable,
             drops=after["drops"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,6 +88,12 @@ class PretrainedProcessor:
         source = read_template(directory) or template
         found = None if source is None else ChatTemplate(source, tokenizer.named)
         return cls(tokenizer, found, rule, pad_id=pad_id, stop_ids=stop_ids, layout=layout)
+
+    def with_template(self, source: str) -> PretrainedProcessor:
+        """The same with another chat template. Raises UserError for one that cannot be read."""
+        found = copy.copy(self)
+        found.template = ChatTemplate(source, self.tokenizer.named)
+        return found
 
     def prompt(
         self,

@@ -12,47 +12,10 @@ from mm_jax.data.media_rule import MediaRule
 from mm_jax.data.packing import BatchConfig, Layout, collate
 from mm_jax.data.pretrained import Items, assemble
 from mm_jax.errors import UserError, nearest
-from mm_jax.families.media import patch_layout
 from mm_jax.inference.batch import TOKEN_KEYS, TRAIN_KEYS
 from mm_jax.models import MultimodalConfig
 
 TEXT = ("input_ids", "attention_mask", "position_ids")
-
-
-def layout_of(
-    config: MultimodalConfig, pad_id: int | None, stop_ids: Sequence[int], taps: bool = False
-) -> Layout:
-    """Media slots and padding: the pad token, or else the first stop token as in the reference's `generate`, or 0."""
-    vision, audio = config.vision, config.audio
-    pad = next((i for i in (pad_id, *stop_ids) if i is not None), 0)
-    return Layout(
-        image_tokens=config.image_tokens,
-        image_size=(0, 0) if vision is None or config.native else vision.inputs["pixel_values"],
-        audio_tokens=config.audio_tokens,
-        audio_size=(0, 0) if audio is None else (audio.max_frames, audio.num_mels),
-        taps=taps,
-        patches=patch_layout(vision) if config.native and not vision.slot_patches else None,
-        slot_arrays=_slot_arrays(config),
-        position_axes=3 if config.decoder.rope_sections else 0,
-        two_way=config.two_way,
-        pad_id=pad if 0 <= pad < config.decoder.vocab_size else 0,
-    )
-
-
-def _slot_arrays(config: MultimodalConfig) -> tuple[tuple[str, tuple[int, ...], str], ...]:
-    """See `Layout.slot_arrays`."""
-    vision = config.vision
-    if vision is None:
-        return ()
-    if not config.native:
-        several = tuple((name, (*size, 3), "float32") for name, size in vision.inputs.items())
-        if longest := config.image_projector.text_length:
-            several = (*several, ("instructions", (longest,), "int32"))
-        return several if len(several) > 1 else ()
-    arrays = patch_layout(vision).arrays(vision.patch_dim)
-    if not vision.slot_patches:
-        return arrays
-    return tuple((name, (vision.slot_patches, *shape), dtype) for name, shape, dtype in arrays)
 
 
 def batch_of(

@@ -53,6 +53,11 @@ class MultimodalConfig:
         return isinstance(self.vision, NativeViTConfig)
 
     @property
+    def patch_slots(self) -> bool:
+        """Whether an image slot is a single patch."""
+        return self.native and not self.vision.slot_patches
+
+    @property
     def image_tokens(self) -> int:
         """Pseudo-tokens of one image slot."""
         if self.vision is None:

@@ -72,6 +72,8 @@ class Stage:
     answer_weight: AnswerWeight = "sqrt"
     """Every answer token weighs 1, or 1/sqrt(answer length), so that long answers do not drown short ones, or
     1/(answer length)."""
+    template: str = ""
+    """Chat template in Jinja of this stage alone, for runs whose processor comes from a Hugging Face directory."""
     naming: float = 0.0
     """next_token: weight of naming, at every picture and sound token, what the regions of the data say is there.
     It brings the projected features to where the language model has its words. 0 for data without regions."""
@@ -99,16 +101,30 @@ class CheckpointConfig:
 class InitConfig:
     """Where the first weights come from. What is said nothing of starts fresh.
 
-    With a decoder, a new model is put together: the encoders that are named here and the decoder are those of the
-    checkpoints, whatever `RunConfig.model` says of them, and between them stand its projectors. The tokenizer and chat
-    template are those of the decoder's directory, with a token for each kind of media added, and how pictures and
-    clips are prepared says the encoder's; so `RunConfig.processor` must be None.
+    With a checkpoint, the model is the whole system of a Hugging Face directory, whatever `RunConfig.model` says but
+    for its dtype, with its tokenizer, chat template and rules for media; the run can be written as such a directory
+    again.
+
+    With a decoder and no checkpoint, a new model is put together: the encoders that are named here and the decoder are
+    those of the checkpoints, whatever `RunConfig.model` says of them, and between them stand its projectors. The
+    tokenizer and chat template are those of the decoder's directory, with a token for each kind of media added, and how
+    pictures and clips are prepared says the encoder's.
+
+    In both cases `RunConfig.processor` must be None.
     """
 
     run: str = ""
     """Another run's directory: the newest weights of the parts that both models have, and its tokenizer."""
     stage: str = ""
     """Of that run."""
+    checkpoint: str = ""
+    """Hugging Face directory of a whole system. Directories of a decoder, vision tower or audio encoder beside it give
+    the weights of these parts in its place; their sizes must be the same, but a vocabulary may be smaller."""
+    fresh: tuple[str, ...] = ()
+    """Regular expressions, as in `Stage.trainable`, for parameters of the checkpoint that start at random."""
+    template: str = ""
+    """Chat template in Jinja in place of the directory's. `{% generation %}` marks what to learn, where that is not
+    the assistant's messages."""
     decoder: str = ""
     """Hugging Face directory of a decoder, or of a system that has one."""
     vision: str = ""
@@ -120,6 +136,11 @@ class InitConfig:
     keep_class_token: bool = False
     """Give out that of a vision tower as well."""
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether the processor comes from a Hugging Face directory."""
+        return bool(self.checkpoint or self.decoder)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -128,7 +149,7 @@ class RunConfig:
     name: str
     model: MultimodalConfig
     processor: ProcessorConfig | None
-    """None for that of `init.decoder`."""
+    """None for that of `init.checkpoint` or `init.decoder`."""
     sources: dict[str, SourceConfig]
     stages: dict[str, Stage]
     init: InitConfig = InitConfig()
@@ -241,6 +262,10 @@ def check(config: RunConfig) -> None:
                 f"{where}.chunk is {stage.chunk}: only a next_token stage has chunks, and they must divide "
                 f"batch.length ({stage.batch.length})"
             )
+        if stage.template and config.processor is not None:
+            raise UserError(
+                f"{where}.template is for runs whose processor comes from a Hugging Face directory"
+            )
         if stage.optimizer.learning_rate <= 0:
             raise UserError(f"{where}.optimizer.learning_rate is {stage.optimizer.learning_rate}")
     config.rules.check()
@@ -252,21 +277,31 @@ def check_init(config: RunConfig) -> None:
     """Raises UserError where the fields of `init` contradict each other or the rest."""
     init = config.init
     parts = {name: getattr(init, name) for name in ("decoder", "vision", "audio")}
-    if init.run and any(parts.values()):
+    if init.run and (init.checkpoint or any(parts.values())):
         raise UserError(
-            "init.run is another run with all its parts: leave init.decoder, vision and audio empty"
+            "init.run is another run with all its parts: leave init.checkpoint, decoder, vision and audio empty"
         )
     if init.stage and not init.run:
         raise UserError(f'init.stage is "{init.stage}", but there is no init.run')
-    if not init.decoder:
-        if init.vision or init.audio:
-            raise UserError("init.vision and init.audio need init.decoder, whose tokenizer the run has")
+    if init.fresh and not init.checkpoint:
+        raise UserError("init.fresh is for parameters of init.checkpoint, which is empty")
+    if init.checkpoint and (init.vision_layers or init.keep_class_token):
+        raise UserError(
+            "init.checkpoint says what its tower gives out: leave vision_layers and keep_class_token"
+        )
+    if not init.pretrained:
+        if init.vision or init.audio or init.template:
+            raise UserError(
+                "init.vision, audio and template need init.decoder, whose tokenizer the run has, or init.checkpoint"
+            )
         if config.processor is None and not init.run:
-            raise UserError("processor is None: only a run with init.decoder has one from there")
+            raise UserError(
+                "processor is None: only a run with init.checkpoint or init.decoder has one from there"
+            )
         return
     if config.processor is not None:
-        raise UserError("processor must be None: that of init.decoder is taken")
-    for name in ("vision", "audio"):
+        raise UserError("processor must be None: that of init.checkpoint or init.decoder is taken")
+    for name in ("vision", "audio") if not init.checkpoint else ():
         if getattr(config.model, name) is not None and not parts[name]:
             raise UserError(
                 f"model.{name} is set, but init.{name} is not: name a checkpoint, or set it to None"
@@ -274,7 +309,8 @@ def check_init(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         if stage.loss != "next_token" or stage.naming:
             raise UserError(
-                f"stages.{name}: a run with init.decoder has stages with the loss next_token and without naming"
+                f"stages.{name}: a run with init.checkpoint or init.decoder has stages with the loss next_token and "
+                "without naming"
             )
 
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from mm_jax.data.example import Example
-from mm_jax.data.messages import Audio, BadSample, Conversation, Image
+from mm_jax.data.messages import Audio, BadSample, Conversation, Image, Video
 from mm_jax.data.pretrained import PretrainedProcessor
-from mm_jax.data.processor import Processor
+from mm_jax.data.processor import POWERS, AnswerWeight, Processor
 
 if TYPE_CHECKING:  # worker processes import this module: they need no jax
     from mm_jax.train.config import Stage
@@ -29,6 +29,8 @@ class Encode:
     def of(cls, processor: Processor | PretrainedProcessor, stage: "Stage") -> "Encode | PretrainedEncode":
         """The encoding of a stage: a dense stage needs targets and no text."""
         if isinstance(processor, PretrainedProcessor):
+            if stage.template:
+                processor = processor.with_template(stage.template)
             return PretrainedEncode(processor, stage.media, stage.answer_weight)
         config = dataclasses.replace(processor.config, answer_weight=stage.answer_weight)
         dense = stage.loss == "dense"
@@ -46,7 +48,7 @@ class PretrainedEncode:
 
     processor: PretrainedProcessor
     media: bool
-    answer_weight: Literal["token", "sqrt"]
+    answer_weight: AnswerWeight
     targets: ClassVar[bool] = False
     names: ClassVar[bool] = False
 
@@ -59,27 +61,26 @@ class PretrainedEncode:
         example = self.processor.example(conversation)
         if not example.loss_weights.any():
             raise BadSample("no answer to train on", "no_trainable_token")
-        if self.answer_weight == "token":
-            return example
-        return dataclasses.replace(example, loss_weights=_by_length(example.loss_weights))
+        weights = by_length(example.loss_weights, POWERS[self.answer_weight])
+        return dataclasses.replace(example, loss_weights=weights)
 
 
 def _text_alone(conversation: Conversation) -> Conversation:
     messages = (
-        dataclasses.replace(m, parts=tuple(p for p in m.parts if not isinstance(p, Image | Audio)))
+        dataclasses.replace(m, parts=tuple(p for p in m.parts if not isinstance(p, Image | Audio | Video)))
         for m in conversation.messages
     )
     return dataclasses.replace(conversation, messages=tuple(messages))
 
 
-def _by_length(weights: np.ndarray) -> np.ndarray:
-    """Each of the n tokens of an answer weighs 1 / sqrt(n).
+def by_length(weights: np.ndarray, power: float) -> np.ndarray:
+    """Each of the n tokens of an answer weighs n ** -power.
 
-    >>> _by_length(np.array([0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0])).tolist()
+    >>> by_length(np.array([0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]), 0.5).tolist()
     [0.0, 0.5, 0.5, 0.5, 0.5, 0.0, 1.0]
     """
     edges = np.flatnonzero(np.diff(np.concatenate([[0], weights > 0, [0]]).astype(int)))
     found = weights.copy()
     for start, end in edges.reshape(-1, 2):
-        found[start:end] = 1 / np.sqrt(end - start)
+        found[start:end] = (end - start) ** -power
     return found

@@ -152,7 +152,13 @@ def check_model(config: RunConfig) -> None:
 
 
 def _check_slots(config: RunConfig) -> None:
+    block = config.model.vision.block if config.model.patch_slots else 1
     for name, stage in config.stages.items():
+        if stage.batch.images % block:
+            raise UserError(
+                f"stages.{name}.batch.images is {stage.batch.images}; this model's slots are patches, and come in "
+                f"multiples of {block}"
+            )
         if stage.batch.images and config.model.vision is None:
             raise UserError(f"stages.{name}.batch.images is {stage.batch.images}, but model.vision is None")
         if stage.batch.audio and config.model.audio is None:

@@ -1,4 +1,4 @@
-"""What a run begins with: model sizes, tokenizer and weights, fresh, of another run, or of checkpoints' parts."""
+"""What a run begins with: model sizes, tokenizer and weights, fresh, of another run, or of checkpoints."""
 
 import dataclasses
 import shutil
@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from mm_jax.checkpoint.assembly import Part, model_of, of_layers, open_part, read_part
-from mm_jax.checkpoint.hf import abstract_params
+from mm_jax.checkpoint.hf import Place, abstract_params, open_hf, read_weight
+from mm_jax.checkpoint.kept import is_kept, keep, open_kept
 from mm_jax.checkpoint.pretrained import (
     is_pretrained,
     load_pretrained,
     prepared,
+    processor_of,
     vocabulary,
     write_pretrained,
 )
@@ -26,6 +29,7 @@ from mm_jax.data.processor import Processor, fit_processor
 from mm_jax.errors import UserError
 from mm_jax.models import MultimodalConfig, MultimodalLM, dummy_batch
 from mm_jax.train.config import InitConfig, RunConfig, read_config
+from mm_jax.train.partition import matching
 
 PARTS = ("vision", "audio", "decoder")
 
@@ -39,22 +43,36 @@ def open_parts(init: InitConfig) -> dict[str, Part]:
 
 
 def complete_config(config: RunConfig, run_dir: Path) -> RunConfig:
-    """`config` with the sizes of the parts that it takes from checkpoints.
+    """`config` with the sizes of what it takes from checkpoints.
 
     A run that has begun knows them itself, and goes on without the checkpoints.
+
+    Raises UserError for checkpoints that cannot be used.
     """
-    if not config.init.decoder:
+    init, known = config.init, None
+    if not init.pretrained:
         return config
-    if (run_dir / "config.json").exists() and (known := read_config(run_dir)).init == config.init:
-        found = {name: getattr(known.model, name) for name in PARTS if getattr(config.init, name)}
+    if (run_dir / "config.json").exists() and (saved := read_config(run_dir)).init == init:
+        known = saved.model
+    if init.checkpoint:
+        model = known or open_hf(init.checkpoint).system.config
+        if not isinstance(model, MultimodalConfig):
+            raise UserError(
+                f"init.checkpoint: {init.checkpoint} holds an encoder alone; name it as a part instead"
+            )
+        return dataclasses.replace(config, model=dataclasses.replace(model, dtype=config.model.dtype))
+    if known is not None:
+        found = {name: getattr(known, name) for name in PARTS if getattr(init, name)}
         return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
-    parts = open_parts(config.init)
+    parts = open_parts(init)
     return dataclasses.replace(config, model=model_of(config.model, parts, vocabulary(parts)))
 
 
 def write_processor(config: RunConfig, conversations: Iterable[Conversation], directory: Path) -> None:
     """The processor that the run is to have: fitted to its texts, or that of where its weights come from."""
-    if config.init.decoder:
+    if config.init.checkpoint:
+        keep(open_hf(config.init.checkpoint), directory)
+    elif config.init.decoder:
         write_pretrained(open_parts(config.init), directory)
     elif not config.init.run:
         fit_processor(config.processor, conversations, config.vocab_size).save(directory)
@@ -66,11 +84,15 @@ def write_processor(config: RunConfig, conversations: Iterable[Conversation], di
             raise UserError("processor must be None: init.run has a tokenizer from a checkpoint")
         targets = dataclasses.replace(config.processor.targets, labels=known.config.targets.labels)
         Processor(dataclasses.replace(config.processor, targets=targets), known.tokenizer).save(directory)
+    if config.init.template:  # this file comes before all others that may hold one
+        (directory / "chat_template.jinja").write_text(config.init.template, encoding="utf-8")
 
 
 def load_processor(run_dir: Path, model: MultimodalConfig) -> Processor | PretrainedProcessor:
     """That of a run. Raises UserError for missing or damaged files."""
     directory = run_dir / "processor"
+    if is_kept(directory):
+        return processor_of(open_kept(directory, model), model)
     return load_pretrained(directory, model) if is_pretrained(directory) else Processor.load(directory)
 
 
@@ -89,6 +111,8 @@ def first_params(config: RunConfig, model: MultimodalConfig, shardings: Any = No
     taken: dict[str, jax.Array] = {}
     if init.run:
         taken = _of_run(init, shapes)
+    elif init.checkpoint:
+        taken = _of_checkpoint(init, shapes, lambda path, shape: places.get(path, first))
     elif init.decoder:
         for part in open_parts(init).values():
             taken |= read_part(part, shapes, lambda path, shape: places.get(path, first))
@@ -100,6 +124,24 @@ def first_params(config: RunConfig, model: MultimodalConfig, shardings: Any = No
     rest = {path: places.get(path, first) for path in shapes if path not in taken}
     made = jax.jit(fresh, out_shardings=rest)(jax.random.key(config.seed))
     return unflatten_dict(taken | made, sep="/")
+
+
+def _of_checkpoint(
+    init: InitConfig, shapes: dict[str, tuple[int, ...]], place: Place
+) -> dict[str, jax.Array]:
+    """The weights of a whole system but for those that are to be fresh; of some parts those of other directories."""
+    opened, found = open_hf(init.checkpoint), {}
+    left = shapes.keys() - matching(shapes, init.fresh, "init.fresh")
+    for name in PARTS:
+        if directory := getattr(init, name):
+            if not any(path.startswith(f"{name}/") for path in shapes):
+                raise UserError(f"init.{name}: {init.checkpoint} has no such part")
+            found |= read_part(open_part(directory, name), shapes, place)
+    for weight in opened.system.weights:
+        if weight.path in left - found.keys():
+            shape = shapes[weight.path]
+            found[weight.path] = read_weight(weight, opened.tensors, shape, jnp.dtype("float32"), place)
+    return {path: x for path, x in found.items() if path in left}
 
 
 def _of_run(init: InitConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:

@@ -64,7 +64,7 @@ MISTAKES = {
         "0 <image> placeholders but 1 image",
     ),
     "long": (ask(answer="yes no " * 60), "too_long", "a row holds 48"),
-    "album": (ask(*[IMAGE] * 3), "too_many_images", "3 images, a row holds 2"),
+    "album": (ask(*[IMAGE] * 3), "too_many_images", "3 image slots, a row holds 2"),
     "unanswered": ({"messages": ask()["messages"][:1]}, "no_trainable_token", "no assistant message"),
 }
 GOOD = 3

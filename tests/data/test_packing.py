@@ -40,7 +40,7 @@ def test_what_fits_no_row_is_refused_and_never_cut():
     assert refusal(example(range(8)), batch) is None
     assert refusal(example(range(9)), batch) == ("too_long", "9 tokens, a row holds 8")
     assert refusal(example([]), batch) == ("empty", "no tokens")
-    assert refusal(example(range(8), images=2), batch) == ("too_many_images", "2 images, a row holds 1")
+    assert refusal(example(range(8), images=2), batch) == ("too_many_images", "2 image slots, a row holds 1")
     assert refusal(example(range(8), audio=2), batch) == ("too_much_audio", "2 audio windows, a row holds 1")
     assert refusal(example(range(8), preference=0), batch)[0] == "preference_pair"
     assert refusal(example(range(8)), BatchConfig(rows=1, length=8, pairs=1))[0] == "no_preference_pair"

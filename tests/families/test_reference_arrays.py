@@ -6,8 +6,8 @@ import pytest
 from mm_jax.data.media_rule import Settings
 from mm_jax.errors import UserError
 from mm_jax.families import FAMILIES
-from mm_jax.families.media import media_rule
-from mm_jax.inference.arrays import batch_of, layout_of
+from mm_jax.families.media import layout_of, media_rule
+from mm_jax.inference.arrays import batch_of
 
 VISION = dict(hidden_size=24, intermediate_size=36, num_hidden_layers=1, num_attention_heads=3, image_size=24,
               patch_size=8)  # fmt: skip

@@ -33,9 +33,8 @@ class InternVLProcessor(transformers.InternVLProcessor):
         self.multimodal_pattern = re.compile(f"(?P<image>{self.image_token})|(?P<video>{self.video_token})")
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("internvl")
+def build(directory):
+    """A checkpoint with everything, as transformers writes it: (model, processor)."""
     names = {
         "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
@@ -60,7 +59,13 @@ def pair(tmp_path_factory):
     )
     model = theirs.build(config, directory, "InternVLForConditionalGeneration")
     processor.save_pretrained(directory)
-    return model, processor, mm_jax.load(directory)
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("internvl")
+    return *build(directory), mm_jax.load(directory)
 
 
 CONVERSATIONS = [

@@ -31,9 +31,8 @@ CONVERSATIONS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("qwen2_vl")
+def build(directory):
+    """A checkpoint with everything, as transformers writes it: (model, tokenizer, image processor)."""
     tokenizer = hosts.byte_level(*MEDIA)
     tokenizer.chat_template = TEMPLATE
     ids = tokenizer.convert_tokens_to_ids
@@ -54,7 +53,13 @@ def pair(tmp_path_factory):
     tokenizer.save_pretrained(directory)
     images = Qwen2VLImageProcessorPil(patch_size=4, min_pixels=16 * 16, max_pixels=40 * 40)
     images.save_pretrained(directory)
-    return model, tokenizer, images, mm_jax.load(directory)
+    return model, tokenizer, images
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("qwen2_vl")
+    return *build(directory), mm_jax.load(directory)
 
 
 def their_arrays(tokenizer, images, conversation) -> dict[str, np.ndarray]:
