@@ -28,7 +28,7 @@ class BatchConfig:
     """Size of a batch; every batch of a stage has exactly these array shapes."""
 
     rows: int
-    """Rows of one forward pass, in this process."""
+    """Rows of one forward pass, over all devices and processes."""
     length: int
     """Tokens a row, media placeholders included (merged length)."""
     images: int = 0
@@ -42,10 +42,13 @@ class BatchConfig:
     """Batches summed into one step; above 1 all arrays get this as a leading axis."""
     bins: int = 32
     """Rows that stay open while packing. More waste less padding and mix the order of samples further."""
+    streams: int = 0
+    """Streams of samples that are packed apart, each for its share of the rows; as many processes as divide it see
+    the same batches. 0: one for each process that reads, in its first start."""
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("length", 1), ("accumulate", 1), ("bins", 1),
-                            ("images", 0), ("audio", 0), ("pairs", 0)):  # fmt: skip
+                            ("images", 0), ("audio", 0), ("pairs", 0), ("streams", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"batch.{name} is {getattr(self, name)}; it must be at least {least}")
 

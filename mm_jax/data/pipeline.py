@@ -1,22 +1,23 @@
 """Training batches: mix -> shuffle -> repeat -> encode -> pack -> batch, with an exact and small state.
 
-Every sample of a run has one number, its position in the stream of the mixture, and what stands there
-follows from (mixture, seed, position) alone. Workers read that stream in order, whatever their number;
-packing happens behind them, in one place. So the state of the pipeline is the next position and the
-positions of the samples in the open rows: an interrupted run fetches those again and goes on with the same
-batches, bit for bit, with any number of workers. A sample that cannot be used keeps its position: it is
-dropped and counted behind the workers.
+The samples of a run come in *streams*: each takes every n-th sample of every source, in the same mixture, and packs
+its own rows; a batch has equally many rows of each. A process reads one or several streams, so as many processes as
+divide their number see the same batches. What stands at a position of a stream follows from (mixture, seed, position)
+alone. Workers read it in order, whatever their number; packing happens behind them, in one place. So the state of a
+stream is its next position and the positions of the samples in its open rows: an interrupted run fetches those again
+and goes on with the same batches, bit for bit. A sample that cannot be used keeps its position: it is dropped and
+counted behind the workers.
+
+When a run goes on with processes that cannot share its streams, new ones begin where all the old ones have been: what
+some of these had not come to yet, and what lay in open rows, is read first.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import os
-import signal
 import weakref
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,16 @@ import numpy as np
 from mm_jax.data.background import Background
 from mm_jax.data.example import Example
 from mm_jax.data.messages import Conversation
-from mm_jax.data.packing import BatchConfig, FirstFitPacker, Layout, collate, refusal, size_of
+from mm_jax.data.packing import BatchConfig, Layout, collate
 from mm_jax.data.sources import Source
+from mm_jax.data.stream import Encoder, Order, Sample, State, Stream, add_drops, empty_state, share_out
 from mm_jax.errors import UserError, nearest
 
-__all__ = ["BatchConfig", "BatchInfo", "Layout", "TrainData"]
+__all__ = ["BatchConfig", "BatchInfo", "Layout", "TrainData", "merge"]
 
 Batch = dict[str, np.ndarray]
 
 PREFETCH_BATCHES = 2
-_GIVE_UP_AFTER = 1000  # samples of one source in a row that cannot be used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class BatchInfo:
 
     images, audio: slots in use. padding: share of positions without a token. trainable: tokens with a loss
     weight, by source. drops: samples refused since the start of the stage, by source and reason. epochs: how
-    often each source has been gone through.
+    often each source has been gone through. samples: "source/id" of every example.
     """
 
     examples: int
@@ -53,18 +54,7 @@ class BatchInfo:
     trainable: dict[str, int]
     drops: dict[str, dict[str, int]]
     epochs: dict[str, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sample:
-    """One position of the stream, encoded or refused."""
-
-    position: int
-    source: str
-    epoch: int
-    example: Example | None
-    reason: str = ""
-    message: str = ""
+    samples: tuple[str, ...]
 
 
 class TrainData:
@@ -73,18 +63,14 @@ class TrainData:
     Args:
         sources: the opened sources by name.
         mixture: source name -> weight; of the samples (not tokens) drawn, a source gives its share of the
-        weights.
-            A weight of 0 leaves a source out.
-        batch: shapes and budgets of a batch.
+            weights. A weight of 0 leaves a source out.
+        batch: shapes and budgets of a batch; its rows are those of all processes.
         encode: conversation -> Example, must be picklable for workers > 0, raises `UserError` for a bad
-        sample; a
-            `reason` on the exception is the key under which the drop is counted.
+            sample; a `reason` on the exception is the key under which the drop is counted.
         layout: shapes of the media slots, see `Layout.of`.
         seed: of the order within each source.
         workers: processes that read and encode; 0 does both in threads. Does not change the batches.
-        process: (index, count) of this host among those that train together. Each gets its own samples in
-        the same
-            mixture.
+        process: (index, count) of this process among those that read different samples. It gets rows / count rows.
         strict: raise `UserError` at the first sample that cannot be used instead of dropping it.
 
     Names of the mixture, sorted, are numbered from 0 in `batch["sources"]`. Preference pairs (conversations
@@ -112,37 +98,66 @@ class TrainData:
         self.names = tuple(sorted(mixture))
         drawn = {name: mixture[name] for name in self.names if mixture[name] > 0}
         lengths = {name: len(sources[name]) for name in drawn}
-        for name, length in lengths.items():
-            if not length:
-                raise UserError(f'source "{name}" of the mixture holds no samples')
         self._fingerprint = {
             "mixture": {name: float(weight) for name, weight in drawn.items()},
             "samples": lengths,
             "seed": seed,
-            "process": list(process),
             "budget": [batch.length, batch.images, batch.audio, batch.pairs, batch.bins],
         }
-        encoder = _Encode({name: sources[name] for name in drawn}, encode, batch)
-        self._plan = _Plan(
-            _stream(drawn, lengths, seed, process, encoder),
-            batch,
-            layout,
-            self.names,
-            lengths,
-            workers,
-            strict,
-        )
-        self._state = {"next_index": 0, "rows": [], "drops": {}, "epochs": {}}
+        self._batch, self._layout, self._process = batch, layout, process
+        self._workers, self._strict = workers, strict
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+        self._order = Order(drawn, lengths, seed)
+        self._messages: dict[tuple[str, str], str] = {}
+        self._encoder = Encoder({name: sources[name] for name in drawn}, encode, batch)
         self._background: Background | None = None
         self._finalizer: weakref.finalize | None = None
+        count = batch.streams or process[1]
+        self._begin(dict.fromkeys(drawn, 0), [empty_state() for _ in range(count)])
+
+    def _begin(self, origin: dict[str, int], states: list[State]) -> None:
+        """Take this process's part of streams in these states."""
+        (index, processes), count = self._process, len(states)
+        if count % processes or self._batch.rows % count:
+            raise UserError(
+                f"batch.rows {self._batch.rows}, read in {count} streams by {processes} processes: streams must divide "
+                "the rows, and processes the streams; change batch.rows, batch.streams or the number of processes"
+            )
+        for name, length in self._order.lengths.items():
+            if not length:
+                raise UserError(f'source "{name}" of the mixture holds no samples')
+            if length < count:
+                raise UserError(
+                    f'source "{name}" holds {length} samples, fewer than the {count} processes or streams that are to '
+                    "share them"
+                )
+        self._each = count // processes
+        self._first, self._count, self._origin = index * self._each, count, origin
+        self._states = states[self._first :][: self._each]
 
     def start(self) -> None:
         """Begin to prepare batches; `next()` does it too, this lets it overlap with compiling the model."""
         if self._background is None:
-            plan, state = self._plan, self._state
-            self._background = Background(lambda: plan.batches(state), PREFETCH_BATCHES)
+            streams = self.streams()
+            self._background = Background(lambda: self._batches(streams), PREFETCH_BATCHES)
             # worker processes must be gone before the interpreter takes its modules apart
             self._finalizer = weakref.finalize(self, self._background.close)
+
+    def streams(self) -> list[Stream]:
+        """Those of this process, from where they stand."""
+        return [
+            Stream(
+                self._order,
+                (self._first + k, self._count),
+                self._origin,
+                state,
+                self._encoder,
+                (self._workers, 1 / self._each),
+                self._strict,
+                self._messages,
+            )
+            for k, state in enumerate(self._states)
+        ]
 
     def __iter__(self) -> TrainData:
         return self
@@ -150,7 +165,7 @@ class TrainData:
     def __next__(self) -> tuple[Batch, BatchInfo]:
         self.start()
         try:
-            batch, info, self._state = self._background.get()
+            batch, info, self._states = self._background.get()
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt):
                 self.close()
@@ -158,30 +173,84 @@ class TrainData:
         return batch, info
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch handed out: small, plain JSON."""
-        return {**self._state, **self._fingerprint}
+        """Where the streams of this process stand after the last batch handed out: small, plain JSON.
+
+        With several processes `merge` makes one state of theirs.
+        """
+        place = {"origin": self._origin, "first": self._first, "streams": self._states}
+        return {**place, **self._fingerprint}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue behind the batch after which `state` was taken; the number of workers may differ.
+        """Continue behind the batch after which `state` was taken; the numbers of workers and processes may differ.
 
-        Raises `UserError` if the state belongs to another mixture, seed, budget or process count, or if a
-        source has another number of samples now.
+        Where the processes cannot share the streams of the state, or the rows of `batch` differ, new streams begin
+        that leave nothing out and repeat nothing.
+
+        Raises `UserError` if the state belongs to another mixture, seed or budget, or if a source has another number
+        of samples now.
         """
         for key, value in self._fingerprint.items():
             if key not in state or state[key] != value:
                 raise UserError(f"saved data state has {key} {state.get(key)}, this run has {value}")
+        if "streams" not in state:
+            raise UserError("saved data state is of an older version of mm_jax")
         self.close()
-        self._state = {key: state[key] for key in ("next_index", "rows", "drops", "epochs")}
+        origin, states = state["origin"], state["streams"]
+        wanted, count = self._batch.streams, len(states)
+        if count % self._process[1] or self._batch.rows % count or (wanted and wanted != count):
+            origin, states = share_out(self._order, origin, states, wanted or self._process[1])
+        self._begin(origin, states)
 
     @property
     def drops(self) -> dict[str, collections.Counter]:
         """Samples refused up to the last batch handed out: source -> reason -> count."""
-        return {name: collections.Counter(reasons) for name, reasons in self._state["drops"].items()}
+        drops = add_drops(state["drops"] for state in self._states)
+        return {name: collections.Counter(reasons) for name, reasons in drops.items()}
 
     @property
     def drop_messages(self) -> dict[tuple[str, str], str]:
         """The first message met for each (source, reason), to show what a count means."""
-        return dict(self._plan.messages)
+        return dict(self._messages)
+
+    def _batches(self, streams: Sequence[Stream]) -> Iterator[tuple[Batch, BatchInfo, list[State]]]:
+        """Triples of batch, info and the states behind the batch. Only the background thread runs it."""
+        accumulate, each = self._batch.accumulate, self._batch.rows // self._count
+        running = [stream.rows(each * accumulate) for stream in streams]
+        try:
+            while True:
+                found = [next(rows) for rows in running]
+                rows = [
+                    row for a in range(accumulate) for part, _ in found for row in part[a * each :][:each]
+                ]
+                yield *self._collate(rows, [state for _, state in found]), [state for _, state in found]
+        finally:
+            for rows in running:
+                rows.close()
+
+    def _collate(self, rows: list[list[Sample]], states: list[State]) -> tuple[Batch, BatchInfo]:
+        examples = [[sample.example for sample in row] for row in rows]
+        batch = dataclasses.replace(self._batch, rows=len(rows) // self._batch.accumulate, streams=0)
+        arrays = collate(examples, batch, self._layout, self._numbers)
+        flat = [example for row in examples for example in row]
+        trainable = dict.fromkeys(self._numbers, 0)
+        for example in flat:
+            trainable[example.source] += int(np.count_nonzero(example.loss_weights))
+        tokens = sum(len(example.tokens) for example in flat)
+        epochs: dict[str, int] = {}
+        for state in states:
+            epochs |= {name: max(epoch, epochs.get(name, 0)) for name, epoch in state["epochs"].items()}
+        info = BatchInfo(
+            examples=len(flat),
+            tokens=tokens,
+            images=sum(example.num_images for example in flat),
+            audio=sum(example.num_audio for example in flat),
+            padding=1 - tokens / (len(rows) * self._batch.length),
+            trainable=trainable,
+            drops=add_drops(state["drops"] for state in states),
+            epochs=epochs,
+            samples=tuple(sample.id for row in rows for sample in row),
+        )
+        return arrays, info
 
     def close(self) -> None:
         """Stop the background work. Harmless when repeated; `next()` would go on behind the last batch."""
@@ -213,201 +282,8 @@ def _check(
         raise UserError(f"process index {process[0]} is not one of {process[1]} processes")
 
 
-def _stream(
-    mixture: Mapping[str, float],
-    lengths: Mapping[str, int],
-    seed: int,
-    process: tuple[int, int],
-    encode: _Encode,
-) -> Any:
-    """The endless `grain.MapDataset` of samples of this process."""
-    import grain  # costs two seconds that commands without training need not wait
-
-    parts = []
-    for name in mixture:
-        # seeds that differ by one would give two sources of one length the same orders, one epoch apart
-        order = zlib.crc32(f"{seed}/{name}".encode())
-        part = grain.MapDataset.range(lengths[name]).shuffle(order).repeat()
-        # sharded before mixing: behind it, two equal weights on two hosts would give each host one source
-        parts.append(part.map_with_index(_Key(name, lengths[name]))[process[0] :: process[1]])
-    mixed = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, list(mixture.values()))
-    return mixed.map_with_index(encode)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Key:
-    """Which record of which source stands at a place of its endless order, and in which epoch."""
-
-    source: str
-    length: int
-
-    def __call__(self, place: int, record: int) -> tuple[str, int, int]:
-        return self.source, place // self.length, int(record)
-
-
-class _Encode:
-    """Reads and encodes the sample at one position. Never raises, so that no worker ever stops in front of
-    it."""
-
-    def __init__(
-        self, sources: Mapping[str, Source], encode: Callable[[Conversation], Example], batch: BatchConfig
-    ):
-        self._sources = dict(sources)
-        self._encode = encode
-        self._batch = batch
-        starts = np.cumsum([0, *(len(source) for source in self._sources.values())])
-        self._first_pair = dict(zip(self._sources, starts.tolist(), strict=False))
-
-    def __call__(self, position: int, key: tuple[str, int, int]) -> _Sample:
-        name, epoch, record = key
-        identity = f"#{record}"
-        try:
-            conversation = self._sources[name][record]
-            identity = conversation.id or identity
-            example = dataclasses.replace(self._encode(conversation), source=name)
-            if conversation.rejected is not None:
-                example = dataclasses.replace(example, preference=self._first_pair[name] + record)
-            refused = refusal(example, self._batch)
-        except UserError as error:
-            refused = getattr(error, "reason", "bad_sample"), str(error)
-        except Exception as error:
-            # one odd sample must not end a run of days; the counts and `strict` show it
-            refused = f"error_{type(error).__name__}", str(error)
-        if refused:
-            message = f'sample "{identity}" of source "{name}": {refused[1]}'
-            return _Sample(position, name, epoch, None, refused[0], message)
-        return _Sample(position, name, epoch, example)
-
-
-class _Plan:
-    """Makes the batches behind a given state. Only the background thread runs it."""
-
-    def __init__(
-        self,
-        stream: Any,
-        batch: BatchConfig,
-        layout: Layout,
-        names: tuple[str, ...],
-        lengths: Mapping[str, int],
-        workers: int,
-        strict: bool,
-    ):
-        self._stream = stream
-        self._batch = batch
-        self._layout = layout
-        self._numbers = {name: number for number, name in enumerate(names)}
-        # twice through a source without one good sample; small ones are watched longer, because a host sees
-        # only its share of them
-        self._patience = {name: min(max(2 * n, 64), _GIVE_UP_AFTER) for name, n in lengths.items()}
-        self._workers = workers
-        self._strict = strict
-        self.messages: dict[tuple[str, str], str] = {}
-
-    def batches(self, state: Mapping[str, Any]) -> Iterator[tuple[Batch, BatchInfo, dict[str, Any]]]:
-        """Triples of batch, info and the state behind the batch."""
-        packer = self._refill(state["rows"])
-        drops = {name: dict(reasons) for name, reasons in state["drops"].items()}
-        epochs = dict(state["epochs"])
-        failed: collections.Counter = collections.Counter()
-        ready: list[list[_Sample]] = []
-        samples = self._samples(state["next_index"])
-        try:
-            for sample in samples:
-                epochs[sample.source] = sample.epoch
-                if sample.example is None:
-                    self._drop(sample, drops, failed)
-                    continue
-                failed[sample.source] = 0
-                row = packer.add(sample, size_of(sample.example))
-                if row is None:
-                    continue
-                ready.append(row)
-                # one sample finishes at most one row, so no finished row is ever left over in a state
-                if len(ready) == self._batch.rows * self._batch.accumulate:
-                    rows = [[kept.position for kept in open_row] for open_row in packer.rows]
-                    after = {"next_index": sample.position + 1, "rows": rows}
-                    after |= {"drops": _copy(drops), "epochs": dict(epochs)}
-                    yield *self._collate(ready, after), after
-                    ready = []
-        finally:
-            samples.close()
-
-    def _samples(self, start: int) -> Iterator[_Sample]:
-        """The stream from a position on, read ahead by threads or worker processes."""
-        import grain
-        from absl import flags
-
-        # grain asks absl's flags for profiling options, which only a program started by absl.app has parsed
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        if self._workers:
-            read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
-            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=16)
-            dataset = self._stream[start:].to_iter_dataset(read).mp_prefetch(options, _start_worker)
-        else:
-            threads = min(4, os.cpu_count() or 1)
-            read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=64)
-            dataset = self._stream[start:].to_iter_dataset(read)
-        iterator = iter(dataset)
-        try:
-            yield from iterator
-        finally:
-            iterator.close()
-
-    def _refill(self, rows: list[list[int]]) -> FirstFitPacker:
-        """A packer with the open rows of a state; their samples are read again."""
-        packer = FirstFitPacker(self._batch)
-        for positions in rows:
-            samples = [self._stream[position] for position in positions]
-            for sample in samples:
-                if sample.example is None:
-                    raise UserError(f"resuming: a sample that was used before fails now: {sample.message}")
-            try:
-                packer.open(samples, [size_of(sample.example) for sample in samples])
-            except ValueError as error:
-                raise UserError(f"resuming: the samples of the saved rows have changed ({error})") from None
-        return packer
-
-    def _drop(self, sample: _Sample, drops: dict[str, dict[str, int]], failed: collections.Counter) -> None:
-        if self._strict:
-            raise UserError(f"{sample.message} ({sample.reason}; strict)")
-        reasons = drops.setdefault(sample.source, {})
-        reasons[sample.reason] = reasons.get(sample.reason, 0) + 1
-        self.messages.setdefault((sample.source, sample.reason), sample.message)
-        failed[sample.source] += 1
-        if failed[sample.source] >= self._patience[sample.source]:
-            commonest = max(reasons, key=reasons.get)
-            message = self.messages.get((sample.source, commonest), sample.message)
-            raise UserError(
-                f'source "{sample.source}": none of {failed[sample.source]} samples in a row could be used; '
-                f"mostly {commonest}: {message}"
-            )
-
-    def _collate(self, rows: list[list[_Sample]], after: Mapping[str, Any]) -> tuple[Batch, BatchInfo]:
-        examples = [[sample.example for sample in row] for row in rows]
-        arrays = collate(examples, self._batch, self._layout, self._numbers)
-        flat = [example for row in examples for example in row]
-        trainable = dict.fromkeys(self._numbers, 0)
-        for example in flat:
-            trainable[example.source] += int(np.count_nonzero(example.loss_weights))
-        tokens = sum(len(example.tokens) for example in flat)
-        info = BatchInfo(
-            examples=len(flat),
-            tokens=tokens,
-            images=sum(example.num_images for example in flat),
-            audio=sum(example.num_audio for example in flat),
-            padding=1 - tokens / (len(rows) * self._batch.length),
-            trainable=trainable,
-            drops=after["drops"],
-            epochs=after["epochs"],
-        )
-        return arrays, info
-
-
-def _copy(drops: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    return {name: dict(reasons) for name, reasons in drops.items()}
-
-
-def _start_worker(index: int, count: int) -> None:
-    # Ctrl-C reaches every process of the terminal; only the main process may answer it, after saving
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state of those of several processes; processes with the same rows may give it twice."""
+    parts = {state["first"]: state["streams"] for state in states}
+    streams = [stream for first in sorted(parts) for stream in parts[first]]
+    return {**states[0], "first": 0, "streams": streams}

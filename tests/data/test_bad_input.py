@@ -143,8 +143,9 @@ def test_each_is_counted_and_nothing_else_is_lost(directory, processor):
         message = messages[name, reason]
         assert f'of source "{name}": ' in message and f'sample "{name}-bad"' in message and text in message
         assert "\n" not in message
-    waiting = sum(map(len, state["rows"]))
-    assert answers.total() + waiting + sum(c.total() for c in drops.values()) == state["next_index"]
+    (stream,) = state["streams"]
+    waiting = sum(map(len, stream["rows"]))
+    assert answers.total() + waiting + sum(c.total() for c in drops.values()) == stream["next_index"]
     assert set(answers) == {f"{name} {k}" for name in names for k in range(GOOD)}
     # every good sample of the finished epochs was trained on, but for those that wait in open rows
     assert sum(max(0, 2 - answers[answer]) for answer in answers) <= waiting

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from standins import DENSE, LAYOUT, Encode, Numbers
 
-from mm_jax.data.pipeline import BatchConfig, TrainData
+from mm_jax.data.pipeline import BatchConfig, TrainData, merge
+from mm_jax.data.stream import share_out
 from mm_jax.errors import UserError
 
 BATCH = BatchConfig(rows=3, length=64, images=6, audio=4, bins=5)
 SOURCES = {"a": Numbers("a", 40), "b": Numbers("b", 17), "pairs": Numbers("pairs", 30, pairs=True)}
+BATCH_OF_4 = dataclasses.replace(BATCH, rows=4)
 MIXTURE = {"b": 1.0, "a": 2.0}
 MEDIA = Encode(images=1, audio=1)
 
@@ -66,7 +68,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(variant):
     with train_data(**VARIANTS[variant]) as data:
         take(data, 5)
         state = json.loads(json.dumps(data.state()))
-        assert sum(map(len, state["rows"])) > 0, "rows are open when the state is taken"
+        assert sum(map(len, state["streams"][0]["rows"])) > 0, "rows are open when the state is taken"
     with train_data(**VARIANTS[variant]) as data:
         data.restore(state)
         assert_same(take(data, 7), whole[5:])
@@ -99,13 +101,23 @@ def test_every_sample_once_an_epoch():
     with train_data({"a": 1.0}) as data:
         batches = take(data, 8)
         state = data.state()
-        waiting = [sample for row in data._plan._refill(state["rows"]).rows for sample in row]
+        waiting = waiting_in(data)
     samples = [number for _, number in seen(batches)] + [int(sample.example.tokens[0]) for sample in waiting]
-    assert len(samples) == state["next_index"]
+    assert len(samples) == state["streams"][0]["next_index"]
     epochs, rest = divmod(len(samples), 40)
     counts = collections.Counter(samples)
     assert epochs >= 2 and set(counts) == set(range(40))
     assert sorted(counts.values()) == [epochs] * (40 - rest) + [epochs + 1] * rest
+
+
+def waiting_in(data):
+    """The samples in the open rows."""
+    return [
+        sample
+        for stream, state in zip(data.streams(), data._states, strict=True)
+        for row in stream.open_rows(state["rows"]).rows
+        for sample in row
+    ]
 
 
 def test_mixture_weights_are_shares_of_the_samples():
@@ -128,14 +140,95 @@ def test_seed_decides_the_order():
 def test_processes_share_the_samples_and_each_has_the_whole_mixture():
     positions = {}
     for index in range(2):
-        with train_data({"a": 1.0, "b": 1.0}, process=(index, 2)) as data:
+        with train_data({"a": 1.0, "b": 1.0}, BATCH_OF_4, process=(index, 2)) as data:
             positions[index] = [(s.source, s.epoch, int(s.example.tokens[0])) for s in
-                                (data._plan._stream[k] for k in range(40))]  # fmt: skip
+                                (data.streams()[0]._regular[k] for k in range(40))]  # fmt: skip
     for index in range(2):
         assert collections.Counter(source for source, _, _ in positions[index]) == {"a": 20, "b": 20}
     both = positions[0] + positions[1]
     first_epoch = [number for source, epoch, number in both if (source, epoch) == ("a", 0)]
     assert sorted(first_epoch) == list(range(40))
+
+
+def processes(count, state=None, batches=0, batch=BATCH_OF_4):
+    """(batches of each process, their merged state) of `count` processes that go on from `state`."""
+    found, states = [], []
+    for index in range(count):
+        with train_data(batch=batch, process=(index, count)) as data:
+            if state is not None:
+                data.restore(state)
+            found.append(take(data, batches))
+            states.append(json.loads(json.dumps(data.state())))
+    return found, merge(states)
+
+
+def whole(parts):
+    """Batches of several processes as one: their rows behind one another, as the devices see them."""
+    return [
+        {key: np.concatenate([arrays[key] for arrays, _ in step]) for key in step[0][0]}
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def test_processes_that_divide_the_streams_see_the_same_batches():
+    batch = dataclasses.replace(BATCH_OF_4, streams=4)
+    expected = None
+    for counts in ((1, 1), (4, 2), (2, 4), (4, 1)):
+        state, found = None, []
+        for count in counts:
+            parts, state = processes(count, state, 4, batch)
+            found += whole(parts)
+        expected = expected or found
+        for ours, theirs in zip(found, expected, strict=True):
+            for key in theirs:
+                np.testing.assert_array_equal(ours[key], theirs[key], err_msg=f"{counts}: {key}")
+
+
+def test_accumulated_rows_of_streams_are_those_of_one_process():
+    batch = dataclasses.replace(BATCH_OF_4, streams=2, accumulate=3)
+    (one,), _ = processes(1, None, 2, batch)
+    two, _ = processes(2, None, 2, batch)
+    for k in range(2):
+        both = np.concatenate([two[0][k][0]["tokens"], two[1][k][0]["tokens"]], axis=1)
+        np.testing.assert_array_equal(one[k][0]["tokens"], both)
+
+
+@pytest.mark.parametrize("counts", [(4, 2), (4, 3), (1, 2), (4, 1), (2, 3, 4, 1)])
+def test_another_number_of_processes_loses_and_repeats_nothing(counts):
+    """Every sample so often as its source has been gone through, whatever number of processes read it."""
+    batch = dataclasses.replace(BATCH, rows=12)
+    state, samples = None, collections.Counter()
+    for count in counts:
+        parts, state = processes(count, state, 3, batch)
+        samples.update(("ab"[number], k) for part in parts for number, k in seen(part))
+    # what waits in open rows and in streams that are behind stands in front of a stream that would go on alone
+    order = train_data()._order
+    origin, (alone,) = share_out(order, state["origin"], state["streams"], 1)
+    for key in alone["head"]:
+        samples[order.record(tuple(key))[::2]] += 1
+    places = [(name, place) for name, end in origin.items() for place in range(end)]
+    assert samples == collections.Counter(order.record(key)[::2] for key in places)
+    assert len(places) > 3 * 57  # several epochs
+
+
+def test_two_processes_go_on_with_the_streams_of_four():
+    _, state = processes(4, None, 3)
+    assert state == merge([{**state, "first": k, "streams": state["streams"][k:][:2]} for k in (2, 0, 0)])
+    _, after = processes(2, state, 1)
+    assert len(after["streams"]) == 4 and after["origin"] == {"a": 0, "b": 0}
+
+
+def test_a_source_smaller_than_the_number_of_processes_is_a_clear_mistake():
+    sources = {"few": Numbers("few", 3)}
+    with pytest.raises(
+        UserError, match='^source "few" holds 3 samples, fewer than the 4 processes or streams'
+    ):
+        train_data({"few": 1.0}, BATCH_OF_4, sources=sources, process=(0, 4))
+
+
+def test_streams_must_divide_the_rows():
+    with pytest.raises(UserError, match="batch.rows 3, read in 2 streams by 2 processes"):
+        train_data(process=(0, 2))
 
 
 def test_info_says_what_the_batch_holds():
@@ -172,10 +265,12 @@ def test_bad_samples_are_counted_by_source_and_reason():
         drops = data.drops
         assert data.drop_messages["a", "unreadable_image"].startswith('sample "a-')
     info = batches[-1][1]
-    assert info.drops == drops == state["drops"]
+    assert info.drops == drops == state["streams"][0]["drops"]
     assert set(drops["a"]) == {"unreadable_image", "too_long", "too_many_images"}
-    used = sum(info.examples for _, info in batches) + sum(map(len, state["rows"]))
-    assert used + sum(sum(reasons.values()) for reasons in drops.values()) == state["next_index"]
+    used = sum(info.examples for _, info in batches) + sum(map(len, state["streams"][0]["rows"]))
+    assert (
+        used + sum(sum(reasons.values()) for reasons in drops.values()) == state["streams"][0]["next_index"]
+    )
     assert not {(0, 3), (0, 4), (1, 0)} & set(seen(batches))
 
 
@@ -230,7 +325,6 @@ def test_a_state_of_another_run_is_refused():
         ({"seed": 1}, "seed"),
         ({"mixture": {"a": 1.0, "b": 1.0}}, "mixture"),
         ({"batch": dataclasses.replace(BATCH, length=80)}, "budget"),
-        ({"process": (0, 2)}, "process"),
         ({"sources": {**SOURCES, "a": Numbers("a", 41)}}, "samples"),
     ):
         with train_data(**options) as data, pytest.raises(UserError, match=f"saved data state has {key}"):
