@@ -7,7 +7,7 @@ writes into a temporary directory and renames it, so a half-written checkpoint i
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +151,15 @@ def latest(run_dir: str | Path, stages: list[str], stage: str | None = None) -> 
     return None
 
 
-def load_params(run_dir: str | Path, stage: str | None = None) -> dict[str, Any]:
+def load_params(
+    run_dir: str | Path,
+    stage: str | None = None,
+    place: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> dict[str, Any]:
     """The params of the newest checkpoint (of `stage`), on the first local device.
+
+    Args:
+      place: (path, shape) of a parameter -> where it goes instead.
 
     Raises:
         UserError: no such stage or no finished checkpoint.
@@ -166,9 +173,13 @@ def load_params(run_dir: str | Path, stage: str | None = None) -> dict[str, Any]
         raise UserError(f'"{run_dir}" holds no finished checkpoint{where} yet')
     path = stage_dir(run_dir, found[0]) / str(found[1])
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), _stored_tree(path)
-    )
+
+    def wanted(key: Any, x: Any) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(key, simple=True, separator="/")
+        where = place(name, tuple(x.shape)) if place else sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    abstract = jax.tree_util.tree_map_with_path(wanted, _stored_tree(path))
     with _reading(path):
         # The handler, not a Checkpointer: that would warn of the items which are not asked for.
         reader = oc.StandardCheckpointHandler()

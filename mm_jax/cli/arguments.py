@@ -1,9 +1,17 @@
 """Arguments of the commands that take a config file and overrides of its fields."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mm_jax.errors import UserError
+
+TOGETHER = (
+    "coordinator",
+    "processes",
+    "process-id",
+    "start-timeout",
+)  # options of commands that many processes share
 
 
 @dataclass(frozen=True)
@@ -48,3 +56,27 @@ def split_arguments(
     if not path:
         raise UserError("a config file is needed, such as configs/quickstart.py")
     return Arguments(path, found, frozenset(seen), tuple(rest))
+
+
+@contextmanager
+def together(options: Mapping[str, str]) -> Iterator[None]:
+    """Within `with`, this process is one of those that the options `TOGETHER` or its environment name.
+
+    A mistake that ends one of them ends all.
+
+    Raises:
+        UserError: some processes have not come; they are named.
+    """
+    from mm_jax.parallel import processes
+
+    timeout = options.get("start-timeout", "300")
+    if not timeout.isdigit() or not int(timeout):
+        raise UserError(f"--start-timeout is {timeout}; whole seconds are needed")
+    place = processes.find_place(*(options.get(name, "") for name in TOGETHER[:3]))
+    if place is not None:
+        processes.join(place, float(timeout))
+    try:
+        yield
+    except UserError as error:
+        processes.abandon(str(error))
+        raise

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_jax.cli.arguments import split_arguments
+from mm_jax.cli.arguments import TOGETHER, split_arguments, together
 
 HELP = """usage: python -m mm_jax train CONFIG.py [--run DIR] [--profile A:B] [--any.field value ...]
 
@@ -12,27 +12,33 @@ Ctrl-C or SIGTERM saves and exits.
 
   --run DIR          run directory (default: runs/<name of the config>)
   --profile A:B      trace the steps A to B of this process, for TensorBoard and Perfetto
+  --coordinator HOST:PORT --processes N --process-id I
+                     train together with other processes; found out alone on TPU pods, GKE, Slurm and MPI
+  --start-timeout S  seconds to wait for the other processes (default: 300)
   --fields           list all fields of the config
 
 example: python -m mm_jax train configs/quickstart.py --run runs/quickstart --stages.align.steps 100"""
 
 
 def main(argv: Sequence[str]) -> int:
-    parsed = split_arguments(argv, HELP, options=("run", "profile"), flags=("fields",))
+    parsed = split_arguments(argv, HELP, options=("run", "profile", *TOGETHER), flags=("fields",))
     if parsed is None:
         return 0
     from mm_jax.train.config import load_config  # after --help: this imports jax
 
     config = load_config(parsed.path, ["--help"] if "fields" in parsed.flags else parsed.rest)
-    from mm_jax.cli.data import make_missing
-    from mm_jax.train.loop import train
     from mm_jax.train.profile import parse_steps
 
     profile = parse_steps(parsed.options["profile"]) if "profile" in parsed.options else None
     run_dir = Path(parsed.options.get("run", f"runs/{config.name}"))
-    make_missing(config)
-    if not train(config, run_dir, profile):
-        print(f"stopped and saved; go on with: python -m mm_jax train {' '.join(argv)}")
-    else:
-        print(f"done: {run_dir}")
+    with together(parsed.options):
+        from mm_jax.cli.data import make_missing
+        from mm_jax.parallel import processes
+        from mm_jax.train.loop import train
+
+        processes.once_a_host(lambda: make_missing(config))
+        done = train(config, run_dir, profile)
+    if processes.is_first():
+        again = f"stopped and saved; go on with: python -m mm_jax train {' '.join(argv)}"
+        print(f"done: {run_dir}" if done else again)
     return 0

@@ -198,18 +198,43 @@ def batch_shardings(
     return found
 
 
+def rows_of_process(mesh: Mesh, rules: Rules, rows: int) -> tuple[int, int]:
+    """(index, count) of this process among those that hold different rows, of `rows` in all.
+
+    Processes that share rows, such as those of one tensor-parallel group, have the same index: they must read the same.
+
+    Raises:
+        UserError: rows cannot be spread evenly, or two processes share only some of theirs.
+    """
+    sharding = batch_shardings({"tokens": (rows, 1)}, mesh, dataclasses.replace(rules, length=()))["tokens"]
+    held: dict[int, set[int]] = {}
+    for device, (part, _) in sharding.devices_indices_map((rows, 1)).items():
+        held.setdefault(device.process_index, set()).update(range(*part.indices(rows)))
+    groups = sorted({tuple(sorted(mine)) for mine in held.values()})
+    if sum(map(len, groups)) != rows or len({len(group) for group in groups}) > 1:
+        raise UserError(
+            f"mesh {dict(mesh.shape)}: some processes share a part of their rows; choose a mesh whose context x tensor "
+            "divides the devices of a process, or is a multiple of them"
+        )
+    return groups.index(tuple(sorted(held[jax.process_index()]))), len(groups)
+
+
 def put_batch(
-    batch: dict[str, np.ndarray], mesh: Mesh, rules: Rules = Rules(), accumulate: int = 1
+    batch: dict[str, np.ndarray], mesh: Mesh, rules: Rules = Rules(), accumulate: int = 1, count: int = 1
 ) -> dict[str, jax.Array]:
-    """Batch arrays on the devices; with several processes each brings its own rows."""
-    count, axis = jax.process_count(), 0 if accumulate == 1 else 1
+    """Batch arrays on the devices.
+
+    Args:
+      count: how many processes bring different rows, see `rows_of_process`; `batch` are those of this one.
+    """
+    axis = 0 if accumulate == 1 else 1
     shapes = {}
     for name, array in batch.items():
         shape = list(array.shape)
         shape[axis] *= count
         shapes[name] = tuple(shape)
     shardings = batch_shardings(shapes, mesh, rules, accumulate)
-    if count == 1:
+    if jax.process_count() == 1:
         return jax.device_put(batch, shardings)
     return {
         name: jax.make_array_from_process_local_data(shardings[name], array, shapes[name])

@@ -112,6 +112,7 @@ def training_step(
         schedule(stage.optimizer, stage.steps),
         stage.batch.accumulate,
         shardings_of(state),
+        config.skip.spike,
     )
     return plan, step, {key: _with(x, shardings[key]) for key, x in shapes.items()}
 

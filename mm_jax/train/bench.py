@@ -12,11 +12,10 @@ import jax
 import numpy as np
 
 from mm_jax.errors import UserError
-from mm_jax.train import metrics, partition
+from mm_jax.train import metrics
 from mm_jax.train.ahead import abstract_batch, training_step
 from mm_jax.train.config import RunConfig
 from mm_jax.train.setup import complete_heads, init_params
-from mm_jax.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,7 @@ def measure(config: RunConfig, name: str, steps: int = 10, warmup: int = 2) -> S
     arrays = jax.device_put(batch, {key: shapes[key].sharding for key in batch})
     model = complete_heads(config.model, config.processor)
     params = init_params(model, config.seed, plan.params)
-    trainable, frozen = partition.split(params, plan.trainable)
-    abstract, _ = plan.abstract_state()
-    opt_state = jax.jit(
-        plan.transform.init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract.opt_state)
-    )(trainable)
-    first = (np.int32(0), jax.random.key(config.seed))
-    number, key = jax.device_put(first, (abstract.step.sharding, abstract.key.sharding))
-    state = TrainState(number, trainable, opt_state, key)
+    state, frozen = plan.begin(params, jax.random.key(config.seed))
     seconds = []
     for _ in range(1 + warmup + steps):
         start = time.perf_counter()

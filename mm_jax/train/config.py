@@ -92,9 +92,25 @@ class CheckpointConfig:
     """When to save and what to keep; the end of every stage is always saved."""
 
     every_steps: int = 500
+    every_minutes: float = 30.0
+    """Also after so long without a save, looked at when a line is logged; 0 for by steps alone."""
     keep_last: int = 2
     keep_best: int = 1
     """Checkpoints with the lowest training loss since the save before, kept beside the last ones."""
+
+
+@dataclass(frozen=True)
+class SkipConfig:
+    """Which updates are not done. Their batches are written to skipped.jsonl in the run directory.
+
+    What is not finite is always skipped.
+    """
+
+    spike: float = 10.0
+    """A loss or gradient norm of more than so many times its running average is skipped; 0 for none. The average is
+    looked at after the first 50 steps of a stage, and a lasting change of level becomes usual after about 15 steps."""
+    limit: int = 10
+    """Updates skipped one after another that stop the run."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,7 @@ class RunConfig:
     """What the backward pass keeps of each layer, see `mm_jax.models.Execution`."""
     attention: Kernel = "auto"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    skip: SkipConfig = SkipConfig()
 
 
 # Fields that may change between two starts of one run, because they do not change what it computes.
@@ -269,8 +286,15 @@ def check(config: RunConfig) -> None:
         if stage.optimizer.learning_rate <= 0:
             raise UserError(f"{where}.optimizer.learning_rate is {stage.optimizer.learning_rate}")
     config.rules.check()
-    if config.checkpoint.keep_last < 1:
+    keep, skip = config.checkpoint, config.skip
+    if keep.keep_last < 1:
         raise UserError("checkpoint.keep_last must be at least 1, or a run could not be resumed")
+    if keep.every_steps < 1 or keep.every_minutes < 0:
+        raise UserError("checkpoint.every_steps must be at least 1 and every_minutes at least 0")
+    if skip.limit < 1 or (skip.spike and not skip.spike > 1):
+        raise UserError(
+            f"skip.limit is {skip.limit} and skip.spike {skip.spike}: at least 1, and above 1 or 0, are needed"
+        )
 
 
 def check_init(config: RunConfig) -> None:

@@ -52,11 +52,19 @@ class Counts:
             self.clips += int((batch["audio_segment_ids"] > 0).sum())
             self.media_slots += batch["audio_segment_ids"].size
 
+    def join(self, other: dict[str, int]) -> None:
+        """Adds the fields of another one."""
+        for name, count in other.items():
+            setattr(self, name, getattr(self, name) + count)
+
 
 def rates(
     counts: Counts, seconds: float, model: MultimodalConfig, parts: list[str], dense: bool
 ) -> dict[str, float]:
-    """Speeds of an interval; `parts`: top-level names that train; `dense`: the stage has no decoder."""
+    """Speeds of an interval; `parts`: top-level names that train; `dense`: the stage has no decoder.
+
+    `counts`: of all processes.
+    """
     work = Work(
         0 if dense else counts.tokens,
         0 if dense else counts.token_pairs,
@@ -75,7 +83,7 @@ def rates(
         "samples_per_second": counts.samples / seconds,
         "trainable_tokens": counts.trainable_tokens,
         "padding": 1 - used / slots,
-        "mfu": flops / seconds / (peak_flops() * jax.local_device_count()),
+        "mfu": flops / seconds / (peak_flops() * jax.device_count()),
     }
 
 

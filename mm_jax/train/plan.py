@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -18,7 +19,7 @@ from mm_jax.train import partition
 from mm_jax.train.config import RunConfig, Stage
 from mm_jax.train.optimizer import optimizer, tree_bytes
 from mm_jax.train.setup import abstract_params
-from mm_jax.train.state import TrainState
+from mm_jax.train.state import TrainState, Usual
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,27 @@ class Plan:
         step, key = jax.eval_shape(lambda: (jax.numpy.int32(0), jax.random.key(0)))
         everything = (TrainState(step, trainable, opt_state, key), frozen)
         return jax.tree.map(_placed, everything, self.shard(everything))
+
+    def begin(
+        self,
+        params: dict[str, Any],
+        key: jax.Array,
+        opt_state: Any = None,
+        step: int = 0,
+        usual: Usual | None = None,
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The train state and the frozen parameters of parameters that lie where they belong.
+
+        opt_state: that of a checkpoint, None for a new one. step: updates done.
+        """
+        trainable, frozen = partition.split(params, self.trainable)
+        places = shardings_of(self.abstract_state()[0])
+        if opt_state is None:
+            opt_state = jax.jit(self.transform.init, out_shardings=places.opt_state)(trainable)
+        # a program, and no device_put: devices of other processes can only be reached so
+        put = jax.jit(lambda x: x, out_shardings=(places.step, places.key, places.usual))
+        step, key, usual = put((np.int32(step), key, usual or Usual()))
+        return TrainState(step, trainable, opt_state, key, usual), frozen
 
 
 def _placed(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mm_jax.data.messages import Audio, Box, Conversation, Image, Message, Part, Text, conversation_to_json
 from mm_jax.data.packing import FirstFitPacker, Layout, collate, refusal, size_of
 from mm_jax.errors import UserError
+from mm_jax.parallel import processes
 from mm_jax.train.config import PreferenceConfig, Stage
 from mm_jax.train.encode import Encode
 from mm_jax.train.losses import answer_log_probs
@@ -46,6 +47,11 @@ def pairs(setup: Setup, name: str, params: dict[str, Any]) -> Pairs:
     """
     directory = setup.run_dir / "preferences" / name
     if not directory.exists():
+        if processes.count() > 1:
+            raise UserError(
+                f'stage "{name}" makes its pairs in one process: start the run with one until {directory} is there, '
+                "then it goes on with any number"
+            )
         stage = setup.config.stages[name]
         candidates = mine(setup, stage, params)
         reference = log_probs(setup, stage, params, [c for c, _ in candidates])

@@ -17,6 +17,7 @@ from mm_jax.data.processor import Processor, ProcessorConfig
 from mm_jax.data.sources import Source, open_source
 from mm_jax.errors import UserError
 from mm_jax.models import Execution, MultimodalConfig, MultimodalLM, dummy_batch
+from mm_jax.parallel import processes
 from mm_jax.train.config import RunConfig, check_same_run, read_config, save_config
 from mm_jax.train.start import complete_config, load_processor, write_processor
 
@@ -51,20 +52,33 @@ def apply_of(model: MultimodalLM) -> Callable[..., Any]:
 
 
 def prepare(config: RunConfig, run_dir: Path) -> Setup:
-    """Opens or begins the run in `run_dir`.
+    """Opens or begins the run in `run_dir`. Of several processes the first one writes, the others read.
 
     Raises:
         UserError: the directory holds a run of another config, a source cannot be opened, or model and
             processor do not fit each other.
     """
-    config = complete_config(config, run_dir)
-    if (run_dir / "config.json").exists():
-        check_same_run(config, run_dir)
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        raise UserError(f'"{run_dir}" is not empty and holds no run; choose another --run directory')
     used = sorted({name for stage in config.stages.values() for name in stage.mixture})
     sources = {name: open_source(name, config.sources[name], config.data_dir) for name in used}
-    check_model(config)
+    with processes.first() as first:
+        config = complete_config(config, run_dir)
+        if (run_dir / "config.json").exists():
+            check_same_run(config, run_dir)
+        elif not first:
+            raise UserError(
+                f'"{run_dir}" is empty here, and process 0 has written to it: it must be one that all share'
+            )
+        elif run_dir.is_dir() and any(run_dir.iterdir()):
+            raise UserError(f'"{run_dir}" is not empty and holds no run; choose another --run directory')
+        check_model(config)
+        if first:
+            _write(config, run_dir, sources)
+    processor = load_processor(run_dir, config.model)
+    return Setup(config, run_dir, processor, complete_model(config.model, processor), sources)
+
+
+def _write(config: RunConfig, run_dir: Path, sources: dict[str, Source]) -> None:
+    """The config and the processor of a run, where it has none yet."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -76,9 +90,7 @@ def prepare(config: RunConfig, run_dir: Path) -> Setup:
         write_processor(config, conversations, temporary)
         save_config(config, run_dir)
         temporary.replace(directory)
-    processor = load_processor(run_dir, config.model)
     save_config(config, run_dir)
-    return Setup(config, run_dir, processor, complete_model(config.model, processor), sources)
 
 
 def sample(source: Source, limit: int) -> list[Conversation]:

@@ -110,7 +110,7 @@ def first_params(config: RunConfig, model: MultimodalConfig, shardings: Any = No
     first = SingleDeviceSharding(jax.local_devices()[0])
     taken: dict[str, jax.Array] = {}
     if init.run:
-        taken = _of_run(init, shapes)
+        taken = _of_run(init, shapes, lambda path, shape: places.get(path, first))
     elif init.checkpoint:
         taken = _of_checkpoint(init, shapes, lambda path, shape: places.get(path, first))
     elif init.decoder:
@@ -144,12 +144,17 @@ def _of_checkpoint(
     return {path: x for path, x in found.items() if path in left}
 
 
-def _of_run(init: InitConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+def _of_run(init: InitConfig, shapes: dict[str, tuple[int, ...]], place: Place) -> dict[str, jax.Array]:
     """The weights of the parts that a run and the new model share."""
-    found = flatten_dict(load_params(init.run, init.stage or None), sep="/")
+    here = SingleDeviceSharding(jax.local_devices()[0])  # for what will not be used
+
+    def where(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        return place(path, shape) if shapes.get(path) == shape else here
+
+    found = flatten_dict(load_params(init.run, init.stage or None, where), sep="/")
     shared = {path.split("/")[0] for path in found} & {path.split("/")[0] for path in shapes}
     for path in sorted(found.keys() | shapes.keys()):
-        here, there = shapes.get(path, "absent"), getattr(found.get(path), "shape", "absent")
-        if path.split("/")[0] in shared and here != there:
-            raise UserError(f"init.run: {path} is {there} in {init.run} and {here} in this config")
+        ours, theirs = shapes.get(path, "absent"), getattr(found.get(path), "shape", "absent")
+        if path.split("/")[0] in shared and ours != theirs:
+            raise UserError(f"init.run: {path} is {theirs} in {init.run} and {ours} in this config")
     return {path: x for path, x in found.items() if path.split("/")[0] in shared}
