@@ -25,7 +25,7 @@ BELOW = {
     "families": {"models", "data"},
     "checkpoint": {"models", "data", "families", "parallel"},
     "inference": {"models", "data", "families", "parallel"},
-    "train": {"models", "data", "parallel", "checkpoint", "inference"},
+    "train": {"models", "data", "families", "parallel", "checkpoint", "inference"},
     "tower": {"models", "data", "checkpoint"},
     "lm": {"models", "data", "parallel", "families", "checkpoint", "inference", "tower"},
     "agents": {"data", "inference"},

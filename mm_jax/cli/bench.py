@@ -41,8 +41,9 @@ def main(argv: Sequence[str]) -> int:
     from mm_jax.train.bench import measure
     from mm_jax.train.config import load_config
     from mm_jax.train.setup import enable_compilation_cache
+    from mm_jax.train.start import planned_config
 
-    config = load_config(parsed.path, parsed.rest)
+    config = planned_config(load_config(parsed.path, parsed.rest))
     name = parsed.options.get("stage", list(config.stages)[-1])
     if name not in config.stages:
         raise UserError(f'the config has no stage "{name}"{nearest(name, config.stages)}')

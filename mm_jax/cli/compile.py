@@ -26,7 +26,7 @@ model's size is ever allocated, and for TPUs no TPU is needed: their compiler is
   --decode BxL       a decoding step of B rows over a cache of L tokens instead
   --json FILE        also write the numbers there; - for standard output
 
-example: python -m mm_jax compile configs/llava15_7b.py --topology v5e:8x8 --stage instruct"""
+example: python -m mm_jax compile configs/llava_1_5_7b.py --topology v5e:8x8 --stage instruct"""
 
 OPTIONS = ("topology", "slices", "mesh", "stage", "decode", "json")
 
@@ -43,8 +43,9 @@ def main(argv: Sequence[str]) -> int:
     from mm_jax.parallel.mesh import parse_mesh
     from mm_jax.train.ahead import compile_decode, compile_train
     from mm_jax.train.config import load_config
+    from mm_jax.train.start import planned_config
 
-    config = load_config(parsed.path, parsed.rest)
+    config = planned_config(load_config(parsed.path, parsed.rest))
     if "mesh" in options:
         config = dataclasses.replace(config, mesh=parse_mesh(options["mesh"]))
     devices = find_devices(options.get("topology"), options.get("slices", "1"))

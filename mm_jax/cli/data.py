@@ -1,6 +1,8 @@
 """`data`: generate the data sets of a config, or show what its sources hold."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_jax.cli.arguments import split_arguments
@@ -8,6 +10,8 @@ from mm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from mm_jax.data.example import Example
+    from mm_jax.data.messages import Conversation
+    from mm_jax.data.pretrained import PretrainedProcessor
     from mm_jax.data.processor import Processor
     from mm_jax.train.config import RunConfig
 
@@ -53,25 +57,23 @@ def show(config: "RunConfig") -> None:
     """Prints a table of the sources and one rendered example each; answer tokens stand in [brackets]."""
     import numpy as np
 
-    from mm_jax.data.processor import fit_processor
     from mm_jax.data.sources import open_source
     from mm_jax.train.setup import sample
 
-    if config.processor is None:
-        raise UserError("data show works with a processor of the config's own, not with one from init")
     make_missing(config)
     sources = {name: open_source(name, s, config.data_dir) for name, s in config.sources.items()}
     looked = {name: sample(source, SHOWN) for name, source in sources.items()}
-    processor = fit_processor(config.processor, [c for cs in looked.values() for c in cs], config.vocab_size)
+    processor, encoders = encoders_of(config, [c for cs in looked.values() for c in cs])
     print(
-        f"{'source':16} {'samples':>8} {'dropped':>8} {'length':>13} {'answer':>8} {'images':>7} {'audio':>6}"
+        f"{'source':16} {'samples':>8} {'dropped':>8} {'length':>15} {'answer':>8} {'images':>7} {'audio':>6} "
+        f"{'slots':>11}"
     )
     shown = []
     for name, conversations in looked.items():
         examples = []
         for conversation in conversations:
             try:
-                examples.append(processor.example(conversation))
+                examples.append(encoders[name](conversation))
             except UserError:
                 continue
         if not examples:
@@ -79,20 +81,47 @@ def show(config: "RunConfig") -> None:
             continue
         lengths = [len(e.tokens) for e in examples]
         answer = np.mean([(e.loss_weights > 0).sum() for e in examples])
-        images = np.mean([len(e.pixel_values) for e in examples])
-        audio = np.mean([len(e.audio_values) for e in examples])
+        images = np.mean([len(e.transforms) for e in examples])
+        audio = np.mean([e.num_audio for e in examples])
+        slots = [e.num_images + e.num_audio for e in examples]
         print(
             f"{name:16} {len(sources[name]):8} {len(conversations) - len(examples):8} "
-            f"{min(lengths):4}{np.mean(lengths):5.0f}{max(lengths):4} "
-            f"{answer:8.1f} {images:7.1f} {audio:6.1f}"
+            f"{min(lengths):5}{np.mean(lengths):5.0f}{max(lengths):5} "
+            f"{answer:8.1f} {images:7.1f} {audio:6.1f} {np.mean(slots):6.1f}{max(slots):5}"
         )
         shown.append((name, examples[0]))
-    print("(length in tokens: shortest, mean, longest; tokenizer made from these samples alone)\n")
+    made = "" if config.processor is None else "; tokenizer made from these samples alone"
+    print(f"(length in tokens: shortest, mean, longest; slots of media: mean, most{made})\n")
     for name, example in shown:
         print(f"{name}: {render(processor, example)}\n")
 
 
-def render(processor: "Processor", example: "Example") -> str:
+def encoders_of(
+    config: "RunConfig", conversations: Sequence["Conversation"]
+) -> tuple["Processor | PretrainedProcessor", dict[str, Callable[["Conversation"], "Example"]]]:
+    """The processor that a run would have, and what it makes of the conversations of each source.
+
+    With a processor from a checkpoint, a source is written as in the first stage that it is in.
+    """
+    from mm_jax.data.processor import fit_processor
+
+    if config.processor is not None:
+        processor = fit_processor(config.processor, conversations, config.vocab_size)
+        return processor, dict.fromkeys(config.sources, processor.example)
+    from mm_jax.train.encode import Encode
+    from mm_jax.train.start import complete_config, load_processor, write_processor
+
+    with tempfile.TemporaryDirectory() as directory:
+        config = complete_config(config)
+        write_processor(config, (), Path(directory) / "processor")
+        processor = load_processor(Path(directory), config.model)
+    encoders = dict.fromkeys(config.sources, processor.example)
+    for stage in reversed(config.stages.values()):
+        encoders |= dict.fromkeys(stage.mixture, Encode.of(processor, stage))
+    return processor, encoders
+
+
+def render(processor: "Processor | PretrainedProcessor", example: "Example") -> str:
     """The tokens of an example as text, trained ones in [brackets], runs of media tokens as <image x16>."""
     pieces: list[str] = []
     position, inside = 0, False
@@ -109,7 +138,7 @@ def render(processor: "Processor", example: "Example") -> str:
         if kind:
             pieces.append(f"<{kind} x{end - position}>")
         else:
-            pieces.append(processor.text(example.tokens[position:end]))
+            pieces.append(processor.shown(example.tokens[position:end]))
         position = end
     return "".join(pieces) + ("]" if inside else "")
 

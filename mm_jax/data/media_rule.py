@@ -116,6 +116,7 @@ class MediaRule:
       tokens: the id of the token that stands for one feature, for each kind of media ("image", "audio", "video").
       names: for each kind the arrays that the reference's processor gives.
       taps: whether some items have taps.
+      around: the tokens that the tokenizer puts around a text go around one with media, unless its template has them.
       ignored: arrays of the reference's processor that hold nothing new.
       placeholders: what chat templates write for a picture, clip or video, where it is not the media token itself.
       joined: for chat templates that take texts alone: what stands between the parts of a message, of which media are
@@ -128,6 +129,7 @@ class MediaRule:
     placeholders: Mapping[str, str] = {}
     joined: str | None = None
     taps = False
+    around = True
     sample_rate = 16_000  # Hz, of the clips that `audio` takes
 
     def __init__(self, settings: Settings | None = None):

@@ -215,7 +215,7 @@ class PretrainedProcessor:
         text, spans = unmark(self._expand(text, items))
         # as the reference's processors do, and its tokenizers for text alone do not
         begin = self.tokenizer.named.get("bos_token")
-        around = bool(self.rule.tokens) and not (begin and text.startswith(begin))
+        around = bool(self.rule.tokens) and self.rule.around and not (begin and text.startswith(begin))
         ids, places = self.tokenizer.encode_places(text, around)
         weights = np.zeros(len(ids), np.float32)
         for start, end in spans:
@@ -265,6 +265,10 @@ class PretrainedProcessor:
     def parts(self, ids: Sequence[int], transforms: Sequence[Transform] = ()) -> list[Part]:
         """Generated ids to text and, where the family writes boxes, boxes in pixels of the original pictures."""
         return self.rule.parse(self.tokenizer.decode(ids), transforms)
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """Ids as text with all special tokens."""
+        return self.tokenizer.decode(ids, special=True)
 
     def complete(self, ids: Sequence[int]) -> list[int]:
         """The ids whose text can be shown already."""

@@ -173,6 +173,10 @@ class Processor:
             pieces.append("[" + ", ".join(str(round(v)) for v in part.box) + "]" if is_box else part.text)
         return "".join(pieces)
 
+    def shown(self, ids: Sequence[int]) -> str:
+        """`text`, to show what a model reads."""
+        return self.text(ids)
+
     def complete(self, ids: Sequence[int]) -> list[int]:
         """The ids without location tokens at the end that are not a whole box yet."""
         tail = 0

@@ -63,6 +63,12 @@ UNUSED = (
 )
 
 
+class QueriesFirst(FixedImage):
+    """Pictures stand before the token that begins a text, so that templates write it themselves."""
+
+    around = False
+
+
 def tower(values: Mapping[str, Any], output: Output, where: str) -> ViTConfig:
     """See `mm_jax.families.clip.tower`; a norm belongs to the tower's own output."""
     fields = Fields(values, VISION, where)
@@ -212,7 +218,7 @@ def system(values: Mapping[str, Any], names: frozenset[str], instructed: bool) -
     if instructed:
         described = {"vocab": projector.text_vocab, "longest": projector.text_length}
         return System(config, table, text, rule=partial(InstructedImage, **described, **fixed))
-    return System(config, table, text, unused, rule=partial(FixedImage, **fixed))
+    return System(config, table, text, unused, rule=partial(QueriesFirst, **fixed))
 
 
 def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mm_jax.data.packing import Layout, collate
-from mm_jax.errors import UserError
+from mm_jax.families.media import layout_of
 from mm_jax.inference.programs import Programs
 from mm_jax.inference.sampling import Controls, Sampling, mask_words
 from mm_jax.models import Execution, MultimodalLM
@@ -69,19 +69,18 @@ class Report:
 def abstract_batch(config: RunConfig, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the batch arrays of a stage, [B, ...] or [A, B, ...].
 
-    Raises:
-        UserError: a config that takes them from a checkpoint.
+    Of a run whose processor comes from a checkpoint, they are those of its model, without the mixtures of features that
+    LLaVA-OneVision has.
     """
     if config.processor is None:
-        raise UserError(
-            "processor is None: shapes of media and sizes of the model must be in the config for this"
+        layout = layout_of(config.model, None, ())
+    else:
+        layout = Layout.of_config(
+            config.processor,
+            targets=stage.loss == "dense",
+            names=stage.naming > 0,
+            two_way=config.model.two_way,
         )
-    layout = Layout.of_config(
-        config.processor,
-        targets=stage.loss == "dense",
-        names=stage.naming > 0,
-        two_way=config.model.two_way,
-    )
     one = collate([[]], dataclasses.replace(stage.batch, rows=1, accumulate=1), layout, {})
     if stage.batch.pairs:
         one["reference"] = np.zeros((1, stage.batch.pairs, 2), np.float32)
@@ -133,7 +132,11 @@ def compile_train(config: RunConfig, name: str, devices: Sequence[Any]) -> Repor
     dense = stage.loss == "dense"
     tokens = 0 if dense else rows * b.length
     media = rows if stage.media else 0
-    work = Work(tokens, tokens * (b.length + 1) // 2, media * b.images, media * b.audio)
+    # of patches, as if one picture had all those of a row
+    patches = media * b.images if model.patch_slots else 0
+    work = Work(
+        tokens, tokens * (b.length + 1) // 2, media * b.images, media * b.audio, patches, patches * b.images
+    )
     needed = train_flops(model, work, sorted(state.trainable)) / len(devices)
     report = _start(f"train step of {name}: {rows} x {b.length} tokens", plan.mesh, needed)
     report = _compile(report, step, state, frozen, batch)

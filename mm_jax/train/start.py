@@ -27,7 +27,7 @@ from mm_jax.data.messages import Conversation
 from mm_jax.data.pretrained import PretrainedProcessor
 from mm_jax.data.processor import Processor, fit_processor
 from mm_jax.errors import UserError
-from mm_jax.models import MultimodalConfig, MultimodalLM, dummy_batch
+from mm_jax.models import DecoderConfig, MultimodalConfig, MultimodalLM, dummy_batch
 from mm_jax.train.config import InitConfig, RunConfig, read_config
 from mm_jax.train.partition import matching
 
@@ -42,7 +42,20 @@ def open_parts(init: InitConfig) -> dict[str, Part]:
     return {name: prepared(part) for name, part in parts.items()}
 
 
-def complete_config(config: RunConfig, run_dir: Path) -> RunConfig:
+def planned_config(config: RunConfig) -> RunConfig:
+    """`config` with the sizes of its checkpoints where these are at hand, with its own otherwise.
+
+    Raises UserError where it has none.
+    """
+    needed = config.init.checkpoint or config.init.decoder
+    if not needed or Path(needed).is_dir():
+        return complete_config(config)
+    if config.model.decoder == DecoderConfig():
+        raise UserError(f"there is no directory {needed}, and `model` says nothing of the decoder's sizes")
+    return config
+
+
+def complete_config(config: RunConfig, run_dir: Path | None = None) -> RunConfig:
     """`config` with the sizes of what it takes from checkpoints.
 
     A run that has begun knows them itself, and goes on without the checkpoints.
@@ -52,7 +65,7 @@ def complete_config(config: RunConfig, run_dir: Path) -> RunConfig:
     init, known = config.init, None
     if not init.pretrained:
         return config
-    if (run_dir / "config.json").exists() and (saved := read_config(run_dir)).init == init:
+    if run_dir and (run_dir / "config.json").exists() and (saved := read_config(run_dir)).init == init:
         known = saved.model
     if init.checkpoint:
         model = known or open_hf(init.checkpoint).system.config

@@ -34,15 +34,34 @@ VISION = dict(theirs.VISION, num_hidden_layers=2)
 SIZE = {"height": 24, "width": 24}
 
 
+def write_tower(kind: str, directory: Path) -> None:
+    """A tower of pictures, "Siglip" or "CLIP"."""
+    config = getattr(transformers, f"{kind}VisionConfig")(**VISION, image_size=24, patch_size=8)
+    theirs.build(config, directory, f"{kind}VisionModel")
+    processor = getattr(transformers, f"{kind}ImageProcessorPil")
+    processor(size=SIZE, crop_size=SIZE, do_center_crop=False).save_pretrained(directory)
+
+
+def write_decoder(kind: str, directory: Path) -> None:
+    """A decoder with its tokenizer: "Qwen3" with a chat template and spare entries of the vocabulary, or "Llama"."""
+    tokenizer = hosts.byte_level("<|im_start|>", "<|im_end|>")
+    more = {}
+    if kind == "Qwen3":
+        tokenizer.chat_template, more = CHATML, dict(head_dim=16, tie_word_embeddings=True)
+    sizes = dict(max_position_embeddings=256, eos_token_id=2, pad_token_id=0)
+    sizes["vocab_size"] = len(tokenizer) + (8 if kind == "Qwen3" else 0)
+    theirs.build(getattr(transformers, f"{kind}Config")(**theirs.TEXT | sizes, **more), directory)
+    tokenizer.save_pretrained(directory)
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
     """A directory for each part, as transformers writes them."""
     root = tmp_path_factory.mktemp("parts")
-    for name, kind in (("siglip", "Siglip"), ("clip", "CLIP")):
-        config = getattr(transformers, f"{kind}VisionConfig")(**VISION, image_size=24, patch_size=8)
-        theirs.build(config, root / name, f"{kind}VisionModel")
-        processor = getattr(transformers, f"{kind}ImageProcessorPil")
-        processor(size=SIZE, crop_size=SIZE, do_center_crop=False).save_pretrained(root / name)
+    write_tower("Siglip", root / "siglip")
+    write_tower("CLIP", root / "clip")
+    write_decoder("Qwen3", root / "qwen3")
+    write_decoder("Llama", root / "llama")
     config = transformers.Dinov2Config(
         image_size=35, patch_size=7, num_hidden_layers=2, num_attention_heads=3, hidden_size=24, mlp_ratio=2
     )
@@ -56,18 +75,6 @@ def parts(tmp_path_factory) -> Path:
     )  # fmt: skip
     theirs.build(config, root / "whisper", "WhisperModel")
     transformers.WhisperFeatureExtractor(feature_size=10, chunk_length=1).save_pretrained(root / "whisper")
-    for name, template, spare in (("qwen3", CHATML, 8), ("llama", None, 0)):
-        tokenizer = hosts.byte_level("<|im_start|>", "<|im_end|>")
-        tokenizer.chat_template = template
-        sizes = dict(
-            vocab_size=len(tokenizer) + spare, max_position_embeddings=256, eos_token_id=2, pad_token_id=0
-        )
-        if name == "qwen3":
-            config = transformers.Qwen3Config(**theirs.TEXT | sizes, head_dim=16, tie_word_embeddings=True)
-        else:
-            config = transformers.LlamaConfig(**theirs.TEXT | sizes)
-        theirs.build(config, root / name)
-        tokenizer.save_pretrained(root / name)
     _write_data(root)
     return root
 
