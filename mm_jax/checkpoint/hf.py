@@ -192,7 +192,7 @@ def stop_ids(directory: Path, system: System) -> tuple[int, ...]:
     path = directory / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.is_file() else None
     default = system.text.stop_ids if system.text else ()
-    return token_ids(found) or default
+    return tuple(dict.fromkeys((*(token_ids(found) or default), *system.stops)))
 
 
 def _tensors(directory: Path) -> dict[str, StoredTensor]:

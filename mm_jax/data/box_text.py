@@ -18,21 +18,28 @@ class BoxText:
       form: how a box is written; {0} to {3} are x0, y0, x1, y1.
       pattern: regular expression that finds one; its groups are x0, y0, x1, y1.
       scale: coordinates run from 0 to this over the picture; 0: they are pixels of the picture that the model sees.
+      largest: the largest coordinate that is written, where the end of the scale is not; 0: the end is.
+      tags: what may stand around phrases and is no part of the text.
     """
 
     form: str
     pattern: str
     scale: int = 1000
+    largest: int = 0
+    tags: tuple[str, ...] = ()
 
     def write(self, box: Box, transform: Transform) -> str:
         """A box in original pixels as text."""
         width, height = self._sides(transform)
-        x0, y0, x1, y1 = transform.forward(box.box)
-        return self.form.format(round(x0 * width), round(y0 * height), round(x1 * width), round(y1 * height))
+        places = zip(transform.forward(box.box), (width, height) * 2, strict=True)
+        rounded = [round(place * side) for place, side in places]
+        return self.form.format(*(min(place, self.largest or place) for place in rounded))
 
     def parse(self, text: str, transforms: Sequence[Transform]) -> list[Part]:
         """Text with boxes to parts, boxes in original pixels. The text does not say of which picture a box is: of the
         first one. Without pictures it stays text."""
+        for tag in self.tags:
+            text = text.replace(tag, "")
         if not transforms:
             return [Text(text)] if text else []
         width, height = self._sides(transforms[0])

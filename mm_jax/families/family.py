@@ -170,6 +170,7 @@ class System:
         `mm_jax.families.media.media_rule` makes of the config, which takes arrays and, of encoders for pictures of
         one size, pictures.
       template: chat template, for a checkpoint that has none.
+      stops: tokens that end an answer besides those that generation_config.json names.
       takes: of a tower, the names of the arrays that the reference's takes; the first is needed.
       inputs: of a tower, (config, those arrays) -> the arguments of our module by name; None for pictures of one size.
     """
@@ -181,6 +182,7 @@ class System:
     image_token_id: int | None = None
     rule: Callable[[Settings], MediaRule] | None = None
     template: str | None = None
+    stops: tuple[int, ...] = ()
     takes: tuple[str, ...] = ("pixel_values",)
     inputs: Callable[[Any, Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
 

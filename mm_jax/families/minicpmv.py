@@ -15,7 +15,7 @@ from mm_jax.data.pieces import slices
 from mm_jax.data.pixels import BICUBIC, PixelRule, resize
 from mm_jax.errors import UserError
 from mm_jax.families import clip, qwen2, siglip
-from mm_jax.families.family import LINEAR, Family, Names, Part, System, Weight
+from mm_jax.families.family import LINEAR, Family, Names, Part, System, Weight, norm
 from mm_jax.families.fields import Fields
 from mm_jax.models import MultimodalConfig, NativeViTConfig, ProjectorConfig, ViTConfig
 
@@ -62,7 +62,11 @@ def _system(values: Mapping[str, Any], names: Names) -> System:
         input_map=vision.embed_dim != width,
     )
     fields.finish()
-    table = (*_tower_weights(vision), *_resampler(projector), *text.table("llm.model.", "llm.lm_head."))
+    table = (
+        *_tower_weights(vision),
+        *resampler(projector, "resampler.", "resampler."),
+        *text.table("llm.model.", "llm.lm_head."),
+    )
     config = MultimodalConfig(vision, None, image_projector=projector, decoder=text.decoder)
     rule = partial(SliceRule, vision=vision, queries=projector.num_queries, side=pixels, most=most, ids=ids)
     return System(config, table, text, clip.unused("vpm."), rule=rule)
@@ -105,23 +109,26 @@ def _tower_weights(config: NativeViTConfig) -> list[Weight]:
     ]
 
 
-def _resampler(config: ProjectorConfig) -> list[Weight]:
+def resampler(config: ProjectorConfig, pool: str, after: str) -> list[Weight]:
+    """The tensors of a resampler of this kind; names of what is behind its attention begin with `after`."""
     ours, width = "image_projector/", config.hidden_dim
     table = [
-        Weight("resampler.query", f"{ours}query"),
-        Weight("resampler.attn.out_proj.weight", f"{ours}attention/out/kernel", LINEAR),
-        Weight("resampler.attn.out_proj.bias", f"{ours}attention/out/bias"),
-        Weight("resampler.proj", f"{ours}out/kernel"),
+        Weight(f"{pool}query", f"{ours}query"),
+        Weight(f"{pool}attn.out_proj.weight", f"{ours}attention/out/kernel", LINEAR),
+        Weight(f"{pool}attn.out_proj.bias", f"{ours}attention/out/bias"),
+        Weight(f"{after}proj", f"{ours}out/kernel"),
+        *norm(f"{pool}ln_q", f"{ours}query_norm"),
+        *norm(f"{pool}ln_kv", f"{ours}input_norm"),
+        *norm(f"{after}ln_post", f"{ours}out_norm"),
     ]
-    for name, path in (("ln_q", "query_norm"), ("ln_kv", "input_norm"), ("ln_post", "out_norm")):
-        table.append(Weight(f"resampler.{name}.weight", f"{ours}{path}/scale"))
-        table.append(Weight(f"resampler.{name}.bias", f"{ours}{path}/bias"))
     for k, name in enumerate(("query", "key", "value")):
         part, path = Part(k * width, (k + 1) * width, 3 * width), f"{ours}attention/{name}"
-        table.append(Weight("resampler.attn.in_proj_weight", f"{path}/kernel", LINEAR, part=part))
-        table.append(Weight("resampler.attn.in_proj_bias", f"{path}/bias", part=part))
+        table.append(Weight(f"{pool}attn.in_proj_weight", f"{path}/kernel", LINEAR, part=part))
+        table.append(Weight(f"{pool}attn.in_proj_bias", f"{path}/bias", part=part))
     if config.input_map:
-        table.append(Weight("resampler.kv_proj.weight", f"{ours}input/kernel", LINEAR))
+        table.append(Weight(f"{pool}kv_proj.weight", f"{ours}input/kernel", LINEAR))
+    if config.stored_positions:
+        table.append(Weight(f"{pool}pos_embed", f"{ours}positions"))
     return table
 
 

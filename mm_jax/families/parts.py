@@ -17,6 +17,7 @@ from mm_jax.families import (
     llama,
     mistral,
     opt,
+    qwen,
     qwen2,
     qwen3,
     siglip,
@@ -34,6 +35,7 @@ DECODERS: dict[str, llama.Reader] = {
     "llama": llama.text,
     "mistral": mistral.text,
     "opt": opt.text,
+    "qwen": qwen.text,
     "qwen2": qwen2.text,
     "qwen3": qwen3.text,
 }

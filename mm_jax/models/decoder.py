@@ -11,7 +11,7 @@ from mm_jax.models.attention import Mask, as_mask, narrowed
 from mm_jax.models.execution import Execution
 from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.layers import MLP, NORMS, Activation, Attention, AttentionStart, Norm, sinusoids, stack
-from mm_jax.models.rotary import RopeScaling, Rotation, channel_axes, rotation
+from mm_jax.models.rotary import RopeScaling, Rotation, channel_axes, log_growth, rotation, text_lengths
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class DecoderConfig:
       rope_sections: how many rotary frequencies the time, the row and the column of a position turn (M-RoPE); empty
         for positions along one axis. rope_interleaved: they take turns, see `channel_axes`.
       local_theta: base of the rotary embedding, unscaled, in layers with a window (Gemma-3); 0: as in the others.
+      log_length: length of the texts that the model was trained on, beyond which queries grow, see
+        `mm_jax.models.rotary.log_growth`; 0: they do not.
       windows: for each layer, how many tokens back it looks, itself included; 0 for all. Empty: every layer sees all.
       norm: kind of all norms, see `mm_jax.models.layers.NORMS`.
       norm_place: of the blocks' norms: before attention and MLP ("pre"), after the sum with their input ("post"), or
@@ -66,6 +68,7 @@ class DecoderConfig:
     rope_sections: tuple[int, ...] = ()
     rope_interleaved: bool = False
     local_theta: float = 0.0
+    log_length: int = 0
     windows: tuple[int, ...] = ()
     norm: Norm = "rms"
     norm_eps: float = 1e-6
@@ -122,6 +125,7 @@ class DecoderBlock(nn.Module):
         starts: jax.Array | None,
         deep: Deep | None,
         media: jax.Array | None,
+        growth: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """[B, T, D] and this layer's cache, window and number -> [B, T, D] and the cache, advanced.
 
@@ -151,7 +155,7 @@ class DecoderBlock(nn.Module):
 
         after, behind = c.norm_place == "post", c.norm_place == "both"
         y = norm("attention_norm", x, not after)
-        y, cache = attend(y, mask=mask, turned=turned, cache=cache, starts=starts, media=media)
+        y, cache = attend(y, mask=mask, turned=turned, cache=cache, starts=starts, media=media, growth=growth)
         x = norm("attention_norm", x + norm("attention_out_norm", y, behind), after)
         y = norm("mlp_norm", x, not after)
         y = mlp(y, media) if c.adapter_rank else mlp(y)
@@ -198,7 +202,7 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             init = nn.initializers.normal(0.02)
             self.positions = nn.Embed(c.num_positions, c.embed_dim, dtype=self.dtype, embedding_init=init)
-        layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 7, execution=self.execution)
+        layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 8, execution=self.execution)
         self.layers = layers(c, self.dtype, self.execution)
         if c.final_norm:
             self.norm = NORMS[c.norm](c.norm_eps, self.dtype, None)
@@ -239,19 +243,25 @@ class Decoder(nn.Module):
         c = self.config
         layers = None if cache is None else (cache["key"], cache["value"])
         windows = jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None
+        slots = jnp.arange(x.shape[1])[None] + (0 if starts is None else starts[:, None])
+        mask = as_mask(mask, slots)
         turned = local = None
         if c.positions == "rotary":
             axes = channel_axes(c.rope_sections, c.rope_interleaved) if c.rope_sections else None
-            turned = rotation(positions, c.head_dim, c.rope_theta, c.rope_scaling, axes)
+            lengths = None
+            if c.rope_scaling is not None and c.rope_scaling.kind == "doubling":
+                lengths = text_lengths(positions, mask.query_segment_ids)
+            turned = rotation(positions, c.head_dim, c.rope_theta, c.rope_scaling, axes, lengths)
             if c.local_theta:
                 local = rotation(positions, c.head_dim, c.local_theta)
         else:
             x = x + self._places(positions + c.position_offset)
-        slots = jnp.arange(x.shape[1])[None] + (0 if starts is None else starts[:, None])
+        growth = log_growth(positions, c.log_length) if c.log_length else None
         number = None if deep is None else jnp.arange(c.num_layers)
-        mask = as_mask(mask, slots)
         x = self.execution.constrain(x, "batch", "length", None)
-        x, layers = self.layers(x, layers, windows, number, mask, always, turned, local, starts, deep, media)
+        x, layers = self.layers(
+            x, layers, windows, number, mask, always, turned, local, starts, deep, media, growth
+        )
         if cache is not None:
             cache = cache | {"key": layers[0], "value": layers[1]}
         return self.norm(x) if c.final_norm else x, cache

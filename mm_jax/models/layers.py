@@ -189,6 +189,7 @@ class Attention(nn.Module):
         key_places: jax.Array | None = None,
         core: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
         media: jax.Array | None = None,
+        growth: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Attend.
 
@@ -203,6 +204,7 @@ class Attention(nn.Module):
           key_places: [S, C] or [B, S, C] added to the context for the keys alone, so that a query can look for a place.
           core: takes query, key and value to their result in place of `attention` under `mask`.
           media: bool [B, T], the tokens that the adapters are for.
+          growth: float [B, T], factors on the queries.
 
         Returns:
           [B, T, D] and the updated cache (None when none was given).
@@ -246,6 +248,8 @@ class Attention(nn.Module):
         value = project("value", context, self.num_kv_heads)
         if turned is not None:
             query, key = rotate(query, turned), rotate(key, turned)
+        if growth is not None:
+            query = query * growth[..., None, None].astype(self.dtype)
         if cache is not None:
             key = write_slots(cache[0], key, starts)
             value = write_slots(cache[1], value, starts)

@@ -1,5 +1,6 @@
 """Projectors: encoder features -> pseudo-tokens of the decoder's width. Peers behind one interface."""
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
+from mm_jax.models.interpolation import resize_table
 from mm_jax.models.layers import (
     ACTIVATIONS,
     MLP,
@@ -47,6 +49,8 @@ class ProjectorConfig:
       use_bias: biases on the maps of linear and mlp.
       residual: the resampler adds its queries to what they read, and an MLP follows.
       input_map: a linear map in front of the resampler's keys and values.
+      stored_positions: the resampler's positions are a table of the file, for a square grid of its queries, which carry
+        them as well; keys get them stretched to the grid of the features (Qwen-VL). Training leaves them as they are.
       branch_dims: of "branches": how the channels divide.
       scale: factor on the tokens; of "latent" alone.
     """
@@ -72,6 +76,7 @@ class ProjectorConfig:
     scale: float = 1.0
     residual: bool = True
     input_map: bool = True
+    stored_positions: bool = False
     branch_dims: tuple[int, ...] = ()
 
     def merged_dim(self, feature_dim: int) -> int:
@@ -127,7 +132,8 @@ class MLPProjector(nn.Module):
 class Resampler(nn.Module):
     """Learned queries that read the features by cross-attention, then an MLP (Qwen-VL section 2.1; MiniCPM-V).
 
-    Keys carry 2-D sine-cosine positions, values do not, so a query can look for a place and bring what is there.
+    Keys carry 2-D sine-cosine positions, values do not, so a query can look for a place and bring what is there. With
+    stored_positions the queries carry them too, each that of its place in a grid of queries.
     """
 
     config: ProjectorConfig
@@ -147,7 +153,7 @@ class Resampler(nn.Module):
         Args:
           grid: S as rows * cols.
           mask: bool [N, S], real features.
-          places: int32 [N, S, 2], row and column of each feature, in place of a grid.
+          places: int32 [N, S, 2], row and column of each feature, in place of a grid; not with stored_positions.
         """
         c = self.config
         width = c.hidden_dim
@@ -160,11 +166,19 @@ class Resampler(nn.Module):
         x = norm("input_norm")(x)
         query = self.param("query", nn.initializers.normal(0.02), (c.num_queries, width))
         query = repeat(query.astype(self.dtype), "q d -> n q d", n=x.shape[0])
-        places = sincos_2d(grid, width) if places is None else sincos_of(places, width)
+        asking = norm("query_norm")(query)
+        if c.stored_positions:
+            square = (math.isqrt(c.num_queries),) * 2
+            table = self.param("positions", lambda _: jnp.asarray(sincos_2d(square, width)))
+            table = jax.lax.stop_gradient(table)
+            asking = asking + table.astype(self.dtype)
+            places = resize_table(table, square, grid)
+        else:
+            places = sincos_2d(grid, width) if places is None else sincos_of(places, width)
         places = jnp.asarray(places, self.dtype)
         attend = Attention(c.num_heads, c.num_heads, width // c.num_heads, dtype=self.dtype, name="attention")
         mask = None if mask is None else mask[:, None, None, :]
-        y = attend(norm("query_norm")(query), context=x, mask=mask, key_places=places)[0]
+        y = attend(asking, context=x, mask=mask, key_places=places)[0]
         if c.residual:
             y = query + y
             mlp = MLP(2 * width, c.activation, dtype=self.dtype, name="mlp")

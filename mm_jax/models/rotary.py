@@ -17,10 +17,11 @@ class RopeScaling:
 
     Attributes:
       kind: "linear" divides every frequency by `factor` (Chen et al. 2023). "dynamic" raises the base once a text is
-        longer than `original_length` (NTK-aware scaling). "llama3" divides the slow frequencies, keeps the fast ones
+        longer than `original_length` (NTK-aware scaling); "doubling" does so in steps, one for every doubling of the
+        length (Qwen-7B). "llama3" divides the slow frequencies, keeps the fast ones
         and blends between (Llama 3.1). "yarn" does so by the number of turns within `original_length`
         (Peng et al. 2023).
-      factor: how many times longer texts may be.
+      factor: how many times longer texts may be; unused by "doubling".
       original_length: tokens of the texts that the model was first trained on; unused by "linear".
       low_factor, high_factor: of "llama3": wavelengths over original_length / low_factor are divided, those under
         original_length / high_factor kept.
@@ -30,7 +31,7 @@ class RopeScaling:
       magnitude: of "yarn": factor on queries and keys.
     """
 
-    kind: Literal["linear", "dynamic", "llama3", "yarn"]
+    kind: Literal["linear", "dynamic", "doubling", "llama3", "yarn"]
     factor: float
     original_length: int = 0
     low_factor: float = 1.0
@@ -47,6 +48,7 @@ def rotation(
     theta: float,
     scaling: RopeScaling | None = None,
     axes: np.ndarray | None = None,
+    lengths: jax.Array | None = None,
 ) -> Rotation:
     """Sines and cosines of the angles position * frequency, with frequencies theta ** (-2 i / head_dim).
 
@@ -54,15 +56,36 @@ def rotation(
       positions: int32 [B, T], or [B, T, 3] along several axes (M-RoPE).
       axes: int [H / 2], the axis whose position turns each frequency, see `channel_axes`; needed for several.
       scaling: with kind "dynamic" the largest position of the whole batch decides, as in the reference.
+      lengths: int32 [B, T], of the text that each position is in, see `text_lengths`; of kind "doubling" alone, which
+        needs them.
     """
     frequencies = _frequencies(head_dim, theta)
     magnitude = 1.0
     if scaling is not None:
-        frequencies = _SCALED[scaling.kind](frequencies, head_dim, theta, scaling, positions)
+        known = lengths if scaling.kind == "doubling" else positions
+        frequencies = _SCALED[scaling.kind](frequencies, head_dim, theta, scaling, known)
         magnitude = scaling.magnitude
     turning = positions[..., None] if positions.ndim == 2 else positions[..., axes]
     angles = turning[..., None, :].astype(jnp.float32) * frequencies
     return jnp.sin(angles) * magnitude, jnp.cos(angles) * magnitude
+
+
+def text_lengths(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Tokens of the text that each position int32 [B, T] is in, int32 [B, T]: one more than its largest position. Texts
+    are the segments int32 [B, T]; None: a row is one."""
+    if segment_ids is None:
+        return jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
+
+    def row(positions: jax.Array, segments: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(positions, segments, num_segments=len(segments) + 1)[segments] + 1
+
+    return jax.vmap(row)(positions, segment_ids)
+
+
+def log_growth(positions: jax.Array, length: int) -> jax.Array:
+    """Factors float32 [B, T] on queries at positions int32 [B, T]: 1 up to the trained length, then
+    log(position + 1) / log(length), so that attention over more tokens stays as sharp (Su 2021, "logn")."""
+    return jnp.maximum(jnp.log(jnp.maximum(positions + 1, 1).astype(jnp.float32)) / math.log(length), 1.0)
 
 
 def channel_axes(sections: tuple[int, ...], interleaved: bool) -> np.ndarray:
@@ -118,6 +141,13 @@ def _dynamic(frequencies, head_dim, theta, scaling, positions):
     return frequencies * stretch ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / (head_dim - 2))
 
 
+def _doubling(frequencies, head_dim, theta, scaling, lengths):
+    bounds = scaling.original_length * 2 ** np.arange(31 - scaling.original_length.bit_length())
+    doublings = jnp.sum(lengths[..., None] > jnp.asarray(bounds, jnp.int32), axis=-1)
+    stretch = (2.0 ** (doublings + 1) - 1)[..., None, None]
+    return frequencies * stretch ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / (head_dim - 2))
+
+
 def _llama3(frequencies, head_dim, theta, scaling, positions):
     turns = scaling.original_length * frequencies / (2 * np.pi)
     keep = (turns - scaling.low_factor) / (scaling.high_factor - scaling.low_factor)
@@ -141,4 +171,4 @@ def _blend(frequencies: np.ndarray, keep: np.ndarray, factor: float) -> np.ndarr
     return (frequencies * keep + frequencies / factor * (1 - keep)).astype(np.float32)
 
 
-_SCALED = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+_SCALED = {"linear": _linear, "dynamic": _dynamic, "doubling": _doubling, "llama3": _llama3, "yarn": _yarn}

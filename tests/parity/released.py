@@ -52,6 +52,17 @@ class Case:
         note(self.lm.family, "logits", error)
         return error
 
+    def check_features(self, batch: dict[str, np.ndarray]) -> None:
+        """What the decoder gets at the places of the pictures."""
+        model = self.lm.model
+        embed = jax.jit(lambda p, b: model.apply({"params": p}, b, method="_embed")[0])
+        embedded = np.asarray(embed(self.lm.params, batch))
+        bounds = zip(self["in/image_row"], self["in/image_bound"], strict=True)
+        features = np.concatenate([embedded[row, start:stop] for row, (start, stop) in bounds])
+        expected = self["out/image_features"]
+        error = np.abs(features - expected.reshape(features.shape)).max()
+        assert error <= self.meta["tolerance_atol"]["image_features"], error
+
     def check_greedy(self, batch: dict[str, np.ndarray]) -> None:
         expected = self["out/greedy"]
         assert np.array_equal(self.lm.generate(batch, expected.shape[1], ignore_eos=True), expected)

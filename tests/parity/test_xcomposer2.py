@@ -23,13 +23,7 @@ def test_matches_the_authors_code(case, tmp_path):
     """Features of the projector, logits of left-padded rows, greedy answers, and the way back."""
     arrays = case.batch()
     assert case.lm.family == "internlmxcomposer2"
-    model = case.lm.model
-    features = jax.jit(lambda p, b: model.apply({"params": p}, b, method="_embed")[0])(case.lm.params, arrays)
-    bounds = zip(case["in/image_row"], case["in/image_bound"], strict=True)
-    features = np.concatenate([np.asarray(features)[row, a:b] for row, (a, b) in bounds])
-    assert (
-        np.abs(features - case["out/image_features"]).max() <= case.meta["tolerance_atol"]["image_features"]
-    )
+    case.check_features(arrays)
     case.check(arrays)
     case.check_greedy(arrays)
     case.check_saving(tmp_path)
