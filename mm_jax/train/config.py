@@ -22,7 +22,7 @@ from mm_jax.serialize import first_difference, from_json, to_json
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The learning rate rises linearly over `warmup_steps`, then falls by a cosine."""
+    """The learning rate rises linearly over `warmup_steps`, may stay there, then falls by a cosine."""
 
     kind: Literal["adamw", "muon", "adafactor"] = "adamw"
     """muon: orthogonalised momentum for the matrices inside the model (Jordan et al. 2024; step sizes as in Liu
@@ -32,6 +32,8 @@ class OptimizerConfig:
     warmup_steps: int = 50
     final_fraction: float = 0.02
     """Learning rate of the last step, as a fraction of `learning_rate`."""
+    decay_fraction: float = 1.0
+    """The last part of the steps, in which the rate falls; below 1 it is held before (Hu et al. 2024, MiniCPM)."""
     weight_decay: float = 0.02
     """Not applied to norms, biases, embeddings and other 1-d parameters."""
     clip_norm: float = 1.0
@@ -285,6 +287,10 @@ def check(config: RunConfig) -> None:
             )
         if stage.optimizer.learning_rate <= 0:
             raise UserError(f"{where}.optimizer.learning_rate is {stage.optimizer.learning_rate}")
+        if not 0 <= stage.optimizer.decay_fraction <= 1:
+            raise UserError(
+                f"{where}.optimizer.decay_fraction is {stage.optimizer.decay_fraction}, a share from 0 to 1 is needed"
+            )
     config.rules.check()
     keep, skip = config.checkpoint, config.skip
     if keep.keep_last < 1:

@@ -14,16 +14,17 @@ NO_DECAY = ("norm", "bias", "scale", "embedding", "position", "queries")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then a cosine down to `final_fraction` of it at `steps`."""
+    """Linear warm-up to `learning_rate`, which is held until the last `decay_fraction` of the steps; from there a
+    cosine down to `final_fraction` of it at `steps`."""
     warmup = min(config.warmup_steps, steps)
-    cosine = optax.cosine_decay_schedule(
-        config.learning_rate, max(steps - warmup, 1), alpha=config.final_fraction
-    )
-    if warmup == 0:
-        return cosine
+    fall = min(round(config.decay_fraction * steps), steps - warmup)
     # The first step already moves: warm-up counts from 1/warmup, not from zero.
-    rise = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, max(warmup - 1, 1))
-    return optax.join_schedules([rise, cosine], [warmup])
+    rise = optax.linear_schedule(
+        config.learning_rate / max(warmup, 1), config.learning_rate, max(warmup - 1, 1)
+    )
+    hold = optax.constant_schedule(config.learning_rate)
+    cosine = optax.cosine_decay_schedule(config.learning_rate, max(fall, 1), alpha=config.final_fraction)
+    return optax.join_schedules([rise, hold, cosine], [warmup, steps - fall])
 
 
 def decay_mask(params: dict[str, Any]) -> dict[str, Any]:

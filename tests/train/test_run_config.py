@@ -44,6 +44,10 @@ def test_overrides_reach_into_stages_and_mixtures(config_path: Path) -> None:
         (["--stages.align.stepz=3"], 'did you mean "stages.align.steps"?'),
         (["--stages.align.steps", "0"], "stages.align.steps is 0, at least 1 is needed"),
         (["--stages.align.mixture.sounds", "-1"], "stages.align.mixture.sounds is -1.0"),
+        (
+            ["--stages.align.optimizer.decay_fraction", "40"],
+            "decay_fraction is 40.0, a share from 0 to 1 is needed",
+        ),
     ],
 )
 def test_a_wrong_override_is_one_line(

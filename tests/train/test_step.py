@@ -1,5 +1,7 @@
 """The step: what it moves, accumulation, recompilation."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,3 +124,12 @@ def test_schedule_warms_up_and_decays() -> None:
     rates = schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_fraction=0.1), 104)
     np.testing.assert_allclose([rates(0), rates(1), rates(3), rates(4)], [0.25, 0.5, 1.0, 1.0], rtol=1e-6)
     np.testing.assert_allclose([rates(54), rates(104)], [0.55, 0.1], rtol=1e-5)
+
+
+def test_schedule_holds_the_rate_before_it_falls() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, final_fraction=0.1, decay_fraction=0.4)
+    rates = schedule(config, 100)
+    np.testing.assert_allclose([rates(step) for step in (0, 3, 59, 60)], [0.25, 1.0, 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose([rates(80), rates(100)], [0.55, 0.1], rtol=1e-5)
+    at_once = schedule(replace(config, warmup_steps=0, decay_fraction=1.0), 100)
+    np.testing.assert_allclose([at_once(0), at_once(50), at_once(100)], [1.0, 0.55, 0.1], rtol=1e-5)
