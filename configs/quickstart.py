@@ -98,7 +98,7 @@ def get_config() -> RunConfig:
                 answer_weight="answer",
                 naming=0.1,
                 batch=batch,
-                optimizer=muon,
+                optimizer=replace(muon, decay_fraction=0.4),
             ),
             "prefer": Stage(
                 steps=60,

@@ -67,7 +67,7 @@ class QuickstartConfig(tfds.core.BuilderConfig):
 class MmJaxQuickstart(tfds.core.GeneratorBasedBuilder):
     """Pictures and sounds with questions, all rendered by libraries or shipped inside them."""
 
-    VERSION = tfds.core.Version("1.3.1")
+    VERSION = tfds.core.Version("1.3.2")
     BUILDER_CONFIGS = [
         QuickstartConfig(name=name, kind=name.removesuffix(LARGE), **dataclasses.asdict(sizes))
         for name, sizes in SIZES.items()

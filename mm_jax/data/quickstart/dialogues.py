@@ -42,7 +42,7 @@ def two_scenes(rng: random.Random, split: str) -> Sample:
     if totals[0] != totals[1]:
         turns.append(Turn("compare_scenes", pick(rng, MORE, things="shapes"), ORDER[totals[1] > totals[0]]))
     k = rng.randrange(2)
-    turns.append(Turn("count", pick(rng, HOW_MANY, order=ORDER[k]), str(totals[k])))
+    turns.append(Turn("count_pair", pick(rng, HOW_MANY, order=ORDER[k]), str(totals[k])))
     rng.shuffle(turns)
     return Sample(tuple(turns), tuple(paint(rng, scene) for scene in pair))
 

@@ -19,7 +19,7 @@ SIZES: dict[str, Sizes] = {
     "ocr": Sizes(2500, 150, 300),
     "charts": Sizes(700, 100, 200),
     "tables": Sizes(800, 100, 200),
-    "scenes": Sizes(10000, 240, 480),
+    "scenes": Sizes(10000, 240, 1600),
     "speech": Sizes(1600, 200, 300),
     "sound_scenes": Sizes(800, 120, 240),
     "text": Sizes(1000, 100, 200),
