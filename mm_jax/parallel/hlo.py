@@ -22,7 +22,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: `%name = type opcode(operands), attributes`."""
+    """One line: `%name = type opcode(operands), attributes`; those of a constant begin with its value."""
 
     name: str
     type: str
@@ -74,7 +74,9 @@ def _instruction(name: str, rest: str) -> Instruction | None:
         return None
     end = _closing(rest, found.end() - 1)
     operands = tuple(_NAME.findall(rest[found.end() : end]))
-    return Instruction(name, kind, found[1], operands, rest[end + 1 :])
+    return Instruction(
+        name, kind, found[1], operands, rest[found.end() if found[1] == "constant" else end + 1 :]
+    )
 
 
 def _split_type(text: str) -> tuple[str, str]:
@@ -130,17 +132,19 @@ def _add(cost: Cost, computations: dict[str, dict[str, Instruction]], name: str,
                 scope = re.search(r'op_name="([^"]*)"', one.attributes)
                 what = scope[1].rsplit("/", 1)[-1] if scope else target[1]
                 cost.kernels[what] = cost.kernels.get(what, 0.0) + times
-        for inner, factor in _called(one):
+        for inner, factor in _called(one, table, computations):
             _add(cost, computations, inner, times * factor)
 
 
-def _called(one: Instruction) -> Iterator[tuple[str, float]]:
+def _called(
+    one: Instruction, table: dict[str, Instruction], computations: dict[str, dict[str, Instruction]]
+) -> Iterator[tuple[str, float]]:
     """(computation, how often it runs) of an instruction that calls others."""
     if one.opcode == "while":
         trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', one.attributes)
         body = re.search(r"body=%?([\w.\-]+)", one.attributes)
         if body:
-            yield body[1], float(trips[1]) if trips else 1.0
+            yield body[1], float(trips[1]) if trips else _trips(one, table, computations)
     elif one.opcode == "conditional":
         branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
         names = (
@@ -154,6 +158,36 @@ def _called(one: Instruction) -> Iterator[tuple[str, float]]:
         for attribute in ("calls", "to_apply", "called_computations"):
             if found := re.search(rf"\b{attribute}=\{{?%?([\w.\-]+)", one.attributes):
                 yield found[1], 1.0
+
+
+def _trips(
+    loop: Instruction, table: dict[str, Instruction], computations: dict[str, dict[str, Instruction]]
+) -> float:
+    """How often a loop runs at most whose condition compares a counter with a constant, as the TPU compiler leaves it.
+
+    The counter is taken to go up by 1, from 0 where its first value is no constant; a loop of another kind counts once.
+    """
+    found = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    condition = computations.get(found[1], {}) if found else {}
+    for one in condition.values():
+        if one.opcode != "compare" or "direction=LT" not in one.attributes:
+            continue
+        counter, limit = (condition.get(name) for name in one.operands[:2])
+        end = _constant(limit)
+        if end is None or counter is None or counter.opcode != "get-tuple-element":
+            continue
+        place = int(re.search(r"index=(\d+)", counter.attributes)[1])
+        first = table.get(loop.operands[0])
+        inputs = first.operands if first is not None and first.opcode == "tuple" else ()
+        start = _constant(table.get(inputs[place])) if place < len(inputs) else None
+        return float(max(end - (start or 0), 0))
+    return 1.0
+
+
+def _constant(one: Instruction | None) -> int | None:
+    """The value of a whole number that does not change."""
+    found = re.match(r"(-?\d+)\)", one.attributes) if one is not None and one.opcode == "constant" else None
+    return int(found[1]) if found else None
 
 
 def _shape(name: str, table: dict[str, Instruction]) -> tuple[int, ...]:

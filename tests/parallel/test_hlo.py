@@ -48,6 +48,25 @@ def test_a_program_by_literal_example():
     assert cost.kernels == {"splash_mha_fwd": 1}
 
 
+CONDITION = """
+%cond (arg: (s32[], bf16[8,64], bf16[64,32])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %arg = (s32[], bf16[8,64]{1,0}, bf16[64,32]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT, backend_config={"flag_configs":[]}
+}
+
+ENTRY"""
+
+
+@pytest.mark.parametrize("start, trips", [("%zero = s32[] constant(0)", 7), ("%zero = s32[] constant(2)", 5)])
+def test_a_loop_of_which_only_the_condition_tells(start, trips):
+    first = f"{start}\n  %init = (s32[], bf16[8,64], bf16[64,32]) tuple(%zero, %x, %w)\n  %loop"
+    text = TEXT.replace("ENTRY", CONDITION.lstrip(), 1).replace("%loop", first, 1)
+    text = text.replace('"known_trip_count":{"n":"3"},', "")
+    assert analyse(text).flops == 2 * 4 * 10 * 6 + trips * 2 * 8 * 32 * 64
+
+
 def test_a_convolution_counts_no_padding():
     """A product of batches as TPUs write it: 5 pairs of matrices, one window of 5 with padding 4 on both sides."""
     window = "window={size=5 pad=4_4 rhs_reversal=1}, dim_labels=0bf_0oi->0bf"
