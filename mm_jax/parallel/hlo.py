@@ -38,11 +38,13 @@ class Cost:
     flops: of matrix products and convolutions, each multiplication and addition counted.
     kernels: calls of kernels whose FLOPs are not known, by target.
     collectives: kind -> [calls, bytes], the larger of what goes in and what comes out of one device.
+    channels: of the collectives that are counted already.
     """
 
     flops: float = 0.0
     kernels: dict[str, float] = field(default_factory=dict)
     collectives: dict[str, list[float]] = field(default_factory=dict)
+    channels: set[str] = field(default_factory=set)
 
 
 def analyse(text: str) -> Cost:
@@ -115,6 +117,11 @@ def _add(cost: Cost, computations: dict[str, dict[str, Instruction]], name: str,
         elif one.opcode == "convolution":
             cost.flops += times * _convolution_flops(one, table)
         elif kind in COLLECTIVES:
+            # one that runs beside products is written into the fusions of its beginning, middle and end
+            if channel := re.search(r"\bchannel_id=(\d+)", one.attributes):
+                if channel[1] in cost.channels:
+                    continue
+                cost.channels.add(channel[1])
             inputs = sum(_bytes(table[o].type) for o in one.operands if o in table)
             # an asynchronous start gives (inputs, outputs, ...)
             outputs = _bytes(one.type) - (

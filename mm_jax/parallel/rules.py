@@ -65,6 +65,7 @@ class Rules:
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"decoder/embedding/embedding", ("vocab", "embed")),
     (r"decoder/head/kernel", ("embed", "vocab")),
+    (r"decoder/(layers/(attention|mlp)_norm|norm)/scale", ("embed",)),
     (r"mlp/(up|gate)", ("experts", "embed", "mlp")),
     (r"mlp/down", ("experts", "mlp", "embed")),
     (r"router/kernel", ("embed", None)),

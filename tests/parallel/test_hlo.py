@@ -48,6 +48,20 @@ def test_a_program_by_literal_example():
     assert cost.kernels == {"splash_mha_fwd": 1}
 
 
+def test_a_collective_in_pieces_counts_once():
+    again = "%more = f32[100]{0} all-reduce(%b), channel_id=7, to_apply=%sum"
+    text = TEXT.replace("all-reduce(%b), to_apply", "all-reduce(%b), channel_id=7, to_apply")
+    assert analyse(text.replace("  ROOT %dot", f"  {again}\n  ROOT %dot")).collectives["all-reduce"] == [
+        1,
+        400,
+    ]
+    other = again.replace("=7", "=8")
+    assert analyse(text.replace("  ROOT %dot", f"  {other}\n  ROOT %dot")).collectives["all-reduce"] == [
+        2,
+        800,
+    ]
+
+
 CONDITION = """
 %cond (arg: (s32[], bf16[8,64], bf16[64,32])) -> pred[] {
   %limit = s32[]{:T(128)} constant(7)
