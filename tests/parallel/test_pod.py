@@ -57,10 +57,10 @@ def assert_equal_runs(one: Path, two: Path) -> None:
 def test_four_processes_stop_together_and_two_go_on(directory: Path, alone: Path) -> None:
     """SIGTERM to one of four; two take over their streams, and one is killed. Every loss is as in one process."""
     config, run = directory / "slow.py", directory / "four"
-    pod = Pod(config, run, 4, 1)
+    pod = Pod(config, run, 4, 1, "--unfinished", "75")
     pod.wait_for(2)
     pod.processes[2].send_signal(signal.SIGTERM)
-    assert pod.wait() == [0] * 4, pod.text()
+    assert pod.wait() == [75] * 4, pod.text()
     stage, step = latest(run, ["align"])
     assert pod.steps() == step < STEPS, pod.text()
     assert "stopped and saved; go on with" in pod.logs[0].read_text()
@@ -71,7 +71,7 @@ def test_four_processes_stop_together_and_two_go_on(directory: Path, alone: Path
     pod.processes[1].kill()
     pod.kill()
     assert latest(run, ["align"])[1] >= step
-    pod = Pod(config, run, 2, 2)
+    pod = Pod(config, run, 2, 2, "--unfinished", "75")
     assert pod.wait() == [0, 0], pod.text()
     assert_equal_runs(alone, run)
     lines = {x["step"]: x for x in read_metrics(run) if "loss" in x}
