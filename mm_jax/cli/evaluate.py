@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mm_jax.cli.parser import Parser
+from mm_jax.cli.arguments import together
+from mm_jax.cli.parser import Parser, add_together
 from mm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer (48)")
     parser.add_argument("--no-blank", action="store_true", help="skip the blanked model")
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: the run directory)")
+    add_together(parser)
     options = parser.parse_args(argv)
     for name in ("limit", "batch", "max_new_tokens"):
         if getattr(options, name) < (name != "limit"):
@@ -42,8 +45,15 @@ def main(argv: Sequence[str]) -> int:
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; it must not be that small"
             )
 
+    with together({name: value for name, value in vars(options).items() if value is not None}):
+        return evaluate(options)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Asks, scores and writes; of several processes each asks its share, with the whole model on its first device."""
     from mm_jax.evaluate import metrics, runner  # after --help: this imports jax
     from mm_jax.lm import load_lm
+    from mm_jax.parallel import processes
     from mm_jax.train.config import read_config
     from mm_jax.train.setup import enable_compilation_cache
 
@@ -52,8 +62,17 @@ def main(argv: Sequence[str]) -> int:
     enable_compilation_cache()
     lm = load_lm(options.run, options.stage)
     questions = runner.read_questions(sources, options.limit)
-    answers, blanked = runner.ask(
-        lm, questions, rows=options.batch, max_new_tokens=options.max_new_tokens, blank=not options.no_blank
+    count = processes.count()
+    mine = questions[processes.index() :: count]
+    said = runner.ask(
+        lm, mine, rows=options.batch, max_new_tokens=options.max_new_tokens, blank=not options.no_blank
+    )
+    everyone = processes.gather([found and runner.to_parts(found) for found in said])
+    if not processes.is_first():
+        return 0
+    answers, blanked = (
+        None if options.no_blank and k else runner.from_parts(questions, _dealt([one[k] for one in everyone]))
+        for k in range(2)
     )
     about = {"run": config.name} | checkpoint_of(options.run, config, options.stage)
     about |= {"data": options.data} if options.data else {"split": options.split}
@@ -66,6 +85,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     print(metrics.markdown(scores), end="")
     return 0
+
+
+def _dealt(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """[[a, c], [b]] -> [a, b, c]"""
+    return [parts[k % len(parts)][k // len(parts)] for k in range(sum(map(len, parts)))]
 
 
 def checkpoint_of(run: str, config: RunConfig, stage: str | None) -> dict:

@@ -30,6 +30,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def add_together(parser: argparse.ArgumentParser) -> None:
+    """The options of `mm_jax.cli.arguments.TOGETHER`."""
+    group = parser.add_argument_group("many processes", "Found out alone on TPU pods, GKE, Slurm and MPI.")
+    for name, value, text in (
+        ("coordinator", "HOST:PORT", "where process 0 is"),
+        ("processes", "N", "how many there are"),
+        ("process-id", "I", "which of them this is"),
+        ("start-timeout", "S", "seconds to wait for the others (300)"),
+    ):
+        group.add_argument(f"--{name}", dest=name, metavar=value, help=text)
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The options of `Sampling` and the length of answers."""
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (64)")

@@ -19,6 +19,7 @@ from mm_jax.errors import UserError
 from mm_jax.evaluate.metrics import Scored, is_right, markdown, summary
 from mm_jax.inference.request import Request
 from mm_jax.inference.text import answer_ids, render
+from mm_jax.serialize import from_json, to_json
 
 if TYPE_CHECKING:
     from mm_jax.data.example import Example
@@ -159,6 +160,20 @@ def ask(
                 blanked[i] = said[i]
                 bar.update()
     return said, blanked
+
+
+def to_parts(answers: Sequence[Answer]) -> list[Any]:
+    """Answers without their questions, as JSON."""
+    return [[answer.ids, to_json(answer.parts), answer.sizes] for answer in answers]
+
+
+def from_parts(questions: Sequence[Question], value: Sequence[Any]) -> list[Answer]:
+    """The answers to `questions` that `to_parts` wrote."""
+    found = []
+    for question, (ids, parts, sizes) in zip(questions, value, strict=True):
+        parts = from_json(tuple[Text | Box, ...], parts)
+        found.append(Answer(question, tuple(ids), parts, tuple(tuple(size) for size in sizes)))
+    return found
 
 
 def _ahead(

@@ -1,4 +1,4 @@
-"""Processes of `python -m mm_jax train` on this machine that train together, as those of a pod do."""
+"""Processes on this machine that train or evaluate together, as those of a pod do."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def environment(cache: Path, devices: int) -> dict[str, str]:
 
 
 class Pod:
-    """`count` processes with `devices` each; alone it is an ordinary run. Their output goes to files in `logs`."""
+    """`count` processes with `devices` each; alone it is an ordinary run. Their output goes to files in `logs`.
+
+    command: in place of training. start: only these. slurm: they learn their places from Slurm's variables.
+    """
 
     def __init__(
         self,
@@ -70,29 +73,32 @@ class Pod:
         count: int,
         devices: int,
         *more: str,
+        command: Sequence[str] = (),
         start: Sequence[int] | None = None,
+        slurm: bool = False,
     ):
         self.run = run
         logs = config.parent / "logs"
         logs.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "mm_jax", "train", str(config), "--run", str(run), *more]
+        command = [*(command or ("train", str(config), "--run", str(run))), *more]
+        command = [sys.executable, "-m", "mm_jax", *command]
         port = free_port()
         self.processes, self.logs = [], []
         for index in range(count) if start is None else start:
-            place = [
-                "--coordinator",
-                f"127.0.0.1:{port}",
-                "--processes",
-                str(count),
-                "--process-id",
-                str(index),
-            ]
+            variables, place = environment(config.parent / "cache", devices), []
+            if slurm:
+                variables |= {
+                    "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count),
+                    "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "JAX_COORDINATOR_PORT": str(port),
+                }  # fmt: skip
+            elif count > 1:
+                place = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
+                place += ["--process-id", str(index)]
             log = logs / f"{run.name}-{count}-{index}-{time.monotonic_ns()}.txt"
             with log.open("w") as out:
                 process = subprocess.Popen(
-                    command + (place if count > 1 else []),
-                    stdout=out, stderr=subprocess.STDOUT, env=environment(config.parent / "cache", devices),
-                )  # fmt: skip
+                    command + place, stdout=out, stderr=subprocess.STDOUT, env=variables
+                )
             self.processes.append(process)
             self.logs.append(log)
 

@@ -130,7 +130,8 @@ def test_a_process_that_does_not_come_is_named(directory: Path) -> None:
 
 def test_a_mistake_in_one_process_ends_all_with_one_line(directory: Path) -> None:
     """Six sounds cannot be shared by eight streams."""
-    pod = Pod(directory / "config.py", directory / "few", 2, 1, "--stages.align.batch.streams", "8")
+    few = ("--stages.align.batch.streams", "8")
+    pod = Pod(directory / "config.py", directory / "few", 2, 1, *few, slurm=True)
     assert pod.wait(200) == [2, 2], pod.text()
     for log in pod.logs:
         assert 'source "sounds" holds 6 samples, fewer than the 8 processes or streams' in log.read_text()
@@ -141,3 +142,17 @@ def test_the_saved_state_of_the_data_has_all_streams(directory: Path, alone: Pat
     path = alone / "checkpoints" / "align" / str(STEPS) / "data" / "metadata"
     state = json.loads(path.read_text())
     assert len(state["streams"]) == 4 and state["first"] == 0
+
+
+def test_processes_evaluate_together_though_one_has_no_question(directory: Path, alone: Path) -> None:
+    answers = []
+    for count in (1, 2):
+        out = directory / f"scores{count}"
+        data = ("--data", str(directory / "sounds.jsonl"), "--limit", "1", "--batch", "1")
+        command = ("evaluate", str(alone), *data, "--max-new-tokens", "4", "--out", str(out))
+        pod = Pod(directory / "config.py", out, count, 1, command=command)
+        assert pod.wait() == [0] * count, pod.text()
+        assert "| tone | 1 |" in pod.logs[0].read_text()
+        assert count == 1 or "| tone |" not in pod.logs[1].read_text()
+        answers.append(((out / "answers.jsonl").read_text(), (out / "scores.json").read_text()))
+    assert answers[0] == answers[1] and len(answers[0][0].splitlines()) == 1
