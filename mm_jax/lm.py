@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from mm_jax.data.pretrained import PretrainedProcessor
 from mm_jax.errors import UserError
 from mm_jax.families.media import layout_of
 from mm_jax.inference.arrays import batch_of
+from mm_jax.inference.attention import extended, reading_weights
 from mm_jax.inference.batch import collate_prompts, count_bucket
 from mm_jax.inference.engine import Engine
 from mm_jax.inference.programs import Programs
@@ -288,43 +288,31 @@ class LanguageModel:
             raise UserError("this model takes no videos")
         return self.processor.preprocess(images, audio, **({"videos": videos} if len(videos) else {}))
 
-    def attention(self, messages: Messages, answer: Sequence[int]) -> tuple[Example, dict[str, np.ndarray]]:
-        """Where the decoder and the resamplers look while they read a prompt and its answer.
+    def attention(
+        self, messages: Messages | Example, answer: Sequence[int]
+    ) -> tuple[Example, dict[str, np.ndarray]]:
+        """Where the decoder and projectors with learned queries look while they read a prompt and its answer.
 
         Args:
-          messages: the prompt.
+          messages: the prompt, or what `prompt` made of it.
           answer: ids of the answer, such as a row of `generate`.
 
         Returns:
           The prompt (its indices say which token is which media feature), and float32 weights: "decoder"
-          [layers, heads, S, S] with S = prompt + answer; where the projector is a resampler also
-          "image_projector" [pictures, heads, queries, patches] and "audio_projector".
+          [layers, heads, S, S] with S = prompt + answer; where the projector has queries also "image_projector"
+          [slots, heads, queries, patches] and "audio_projector", see `mm_jax.inference.attention.reading_weights`.
+          `mm_jax.inference.attention.looks` carries them back to the patches of each picture.
         """
-        prompt = self.prompt(messages)
-        new = len(answer)
-
-        def longer(array: np.ndarray, values: Any) -> np.ndarray:
-            return np.concatenate(
-                [array, np.full(new, values, array.dtype) if np.isscalar(values) else values]
-            )
-
-        whole = dataclasses.replace(
-            prompt,
-            tokens=longer(prompt.tokens, np.asarray(answer, np.int32)),
-            loss_weights=longer(prompt.loss_weights, 0.0),
-            segments=longer(prompt.segments, 1),
-            positions=longer(prompt.positions, prompt.positions[-1] + 1 + np.arange(new, dtype=np.int32)),
-            image_index=longer(prompt.image_index, -1),
-            audio_index=longer(prompt.audio_index, -1),
-        )
+        prompt = messages if isinstance(messages, Example) else self.prompt(messages)
+        whole = extended(prompt, answer)
         batch = collate_prompts([whole], self.layout)
         sown = self._attention(self.params, batch)["intermediates"]
         length = whole.length
         decoder = np.asarray(sown["decoder"]["layers"]["attention"]["attention_weights"][0])
         weights = {"decoder": decoder[:, 0, :, :length, :length]}
         for name, count in (("image_projector", prompt.num_images), ("audio_projector", prompt.num_audio)):
-            if count and (found := sown.get(name, {}).get("attention")):
-                weights[name] = np.asarray(found["attention_weights"][0])[:count]
+            if count and name in sown:
+                weights[name] = reading_weights(getattr(self.config, name), sown[name])[:count]
         return prompt, weights
 
     @property

@@ -18,9 +18,9 @@ from mm_jax.data.media import decode_audio, decode_image
 from mm_jax.data.messages import Audio, Image, Message
 from mm_jax.data.sources import Source
 from mm_jax.errors import UserError
-from mm_jax.evaluate.attention_map import attention_map, overlay
 from mm_jax.evaluate.draw import ANSWER, EXPECTED, draw_boxes, enlarge
 from mm_jax.evaluate.runner import Question, questions_of
+from mm_jax.inference.attention import attention_map, overlay
 from mm_jax.inference.text import render
 
 if TYPE_CHECKING:

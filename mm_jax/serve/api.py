@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import anyio.to_thread
+import PIL.Image
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from mm_jax.agents.tools import Function, plain_messages, style_of, template_messages
+from mm_jax.data.media import decode_image
+from mm_jax.data.messages import Image, messages_from_json
 from mm_jax.errors import UserError
+from mm_jax.inference.attention import check_looks, heat_picture, looks, words_of
 from mm_jax.inference.grammar import Grammars
 from mm_jax.inference.prompt import Prompt, text_prompt
 from mm_jax.inference.request import Guide, Request
@@ -39,6 +46,7 @@ class Api:
         self._lm, self._worker, self._options, self._metrics = lm, worker, options, metrics
         self._style = style_of(lm.family)
         self._created = int(time.time())
+        self._one = anyio.CapacityLimiter(1)  # attention of a whole conversation takes memory
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -63,18 +71,47 @@ class Api:
         body = await self._body(http)
         began = time.monotonic()
 
-        def read() -> tuple[ChatRequest, Prompt, list[Transform], Callable[[], Guide] | None]:
+        def read() -> tuple[ChatRequest, Example, Prompt, Callable[[], Guide] | None]:
             wanted = chat_request(body, self._options)
             functions = [] if wanted.choice == "none" else wanted.functions
             example = self._example(wanted.messages, functions)
-            return wanted, self._lm.read(example), example.transforms, self._guide(wanted)
+            if wanted.attention:
+                try:
+                    check_looks(self._lm, example, wanted.settings.max_tokens or 0)
+                except UserError as error:
+                    raise ApiError(400, str(error), param="attention") from None
+            return wanted, example, self._lm.read(example), self._guide(wanted)
 
-        wanted, prompt, transforms, guide = await _in_thread(read)
+        wanted, example, prompt, guide = await _in_thread(read)
         style = self._style if wanted.functions and wanted.choice != "none" else None
         forced = wanted.choice == "required" or wanted.choice.startswith("=")
         writer = ChatWriter(self, wanted.settings, style, forced)
-        choices = self._submit([prompt], wanted.settings, transforms, guide)
-        return await self._respond(http, choices, wanted.settings, writer, began)
+        choices = self._submit([prompt], wanted.settings, example.transforms, guide)
+        look = partial(self._look, wanted, example) if wanted.attention else None
+        return await self._respond(http, choices, wanted.settings, writer, began, look)
+
+    def _look(self, wanted: ChatRequest, example: Example, choice: Choice) -> dict[str, Any]:
+        """Where the model looked for the words of an answer that has ended."""
+        words = words_of(self._lm.processor, choice.ids, example.transforms)
+        words = list(enumerate(word for word in words if word.end <= len(choice.text)))
+        if wanted.attention.words is not None:
+            words = [pair for pair in words if pair[0] in wanted.attention.words]
+        found = looks(self._lm, example, choice.ids, [word.tokens for _, word in words]) if words else []
+        pictures = []
+        if wanted.attention.pictures:
+            parts = [
+                part for m in messages_from_json(plain_messages(wanted.messages, [])) for part in m.parts
+            ]
+            pictures = [decode_image(part.source) for part in parts if isinstance(part, Image)]
+        listed = []
+        for (k, word), seen in zip(words, found, strict=True):
+            images = [look.to_json() for look in seen]
+            for image, look, picture in zip(images, seen, pictures, strict=False):
+                image["picture"] = _png_url(heat_picture(picture, look))
+            listed.append(
+                {"index": k, "text": word.text, "start": word.start, "end": word.end, "images": images}
+            )
+        return {"words": listed}
 
     def _example(self, messages: list[dict[str, Any]], functions: list[Function]) -> Example:
         """The prompt, with functions in the way of the model's template where it has one that knows them."""
@@ -160,9 +197,15 @@ class Api:
         return choices
 
     async def _respond(
-        self, http: HttpRequest, choices: list[Choice], settings: Settings, writer: Writer, began: float
+        self,
+        http: HttpRequest,
+        choices: list[Choice],
+        settings: Settings,
+        writer: Writer,
+        began: float,
+        look: Callable[[Choice], dict[str, Any]] | None = None,
     ) -> Response:
-        events = self._events(choices, began)
+        events = self._events(choices, began, look)
         if settings.stream:
             return StreamingResponse(
                 writer.stream(events, choices),
@@ -181,7 +224,9 @@ class Api:
             whole.cancel()
             self._worker.cancel(choice.job for choice in choices)
 
-    async def _events(self, choices: list[Choice], began: float) -> AsyncIterator[tuple[Choice, Piece]]:
+    async def _events(
+        self, choices: list[Choice], began: float, look: Callable[[Choice], dict[str, Any]] | None
+    ) -> AsyncIterator[tuple[Choice, Piece]]:
         """The pieces of all choices as they come, until each has ended. Raises ApiError: timeout, engine failed."""
         merged: asyncio.Queue[tuple[Choice, Piece]] = asyncio.Queue()
 
@@ -211,6 +256,8 @@ class Api:
                     self._metrics.first_token.observe(time.monotonic() - began)
                     first = False
                 left -= bool(piece.finish)
+                if piece.finish and look:
+                    choice.attention = await _in_thread(look, choice, limiter=self._one)
                 yield choice, piece
             self._metrics.duration.observe(time.monotonic() - began)
             for choice in choices:
@@ -231,12 +278,20 @@ class Api:
         return self._lm.processor.tokenizer.decode([token])
 
 
-async def _in_thread(function: Callable, *arguments: Any) -> Any:
+async def _in_thread(
+    function: Callable, *arguments: Any, limiter: anyio.CapacityLimiter | None = None
+) -> Any:
     """Work that takes time, such as decoding pictures; a user's mistake becomes a 400."""
     try:
-        return await anyio.to_thread.run_sync(function, *arguments)
+        return await anyio.to_thread.run_sync(function, *arguments, limiter=limiter)
     except UserError as error:
         raise ApiError(400, str(error)) from None
+
+
+def _png_url(picture: PIL.Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 async def _disconnected(http: HttpRequest) -> None:

@@ -33,6 +33,7 @@ class Choice:
 
     Attributes:
       index: among the answers of the request.
+      attention: where it looked, set by who knows, once it has ended.
       pieces: what comes, until one has a finish or an error.
     """
 
@@ -46,6 +47,7 @@ class Choice:
         transforms: list[Transform],
     ):
         self.index = index
+        self.attention: dict | None = None
         self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._stops = () if settings.ignore_eos else lm.stop_ids
@@ -58,6 +60,16 @@ class Choice:
     @property
     def answer(self):
         return self.job.answer
+
+    @property
+    def ids(self) -> list[int]:
+        """What the text was made of."""
+        return self._stream.ids
+
+    @property
+    def text(self) -> str:
+        """All that was said."""
+        return self._stream.text
 
     def boxes(self) -> list[dict]:
         """Boxes of the answer in pixels of the original pictures."""

@@ -29,6 +29,7 @@ CHAT = (
     "response_format",
     "tools",
     "tool_choice",
+    "attention",
     *_SHARED,
 )
 COMPLETION = ("prompt", "echo", *_SHARED)
@@ -55,6 +56,19 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """What is wanted of where the model looked.
+
+    Attributes:
+      words: numbers of words of the answer; None for all.
+      pictures: heat maps as PNG as well.
+    """
+
+    words: tuple[int, ...] | None = None
+    pictures: bool = False
+
+
+@dataclass(frozen=True)
 class ChatRequest:
     """POST /v1/chat/completions.
 
@@ -68,6 +82,7 @@ class ChatRequest:
     functions: list[Function] = field(default_factory=list)
     choice: str = "auto"
     form: Mapping[str, Any] | None = None
+    attention: Attention | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +212,7 @@ def chat_request(body: Mapping[str, Any], options: ServeOptions) -> ChatRequest:
     return ChatRequest(
         messages, _settings(take, top if wanted else None, most), functions,
         _choice(take.raw("tool_choice"), functions), _form(take("response_format", dict)),
+        _attention(take.raw("attention")),
     )  # fmt: skip
 
 
@@ -233,6 +249,20 @@ def _form(wanted: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if not isinstance(schema, dict):
         raise ApiError(400, "response_format.json_schema needs a schema", param="response_format")
     return schema
+
+
+def _attention(wanted: Any) -> Attention | None:
+    if wanted is None or isinstance(wanted, bool):
+        return Attention() if wanted else None
+    if not isinstance(wanted, dict) or not wanted.keys() <= {"words", "pictures"}:
+        text = 'attention must be true, false or an object with "words" and "pictures"'
+        raise ApiError(400, text, param="attention")
+    words, pictures = wanted.get("words"), wanted.get("pictures", False)
+    if words is not None and not (isinstance(words, list) and all(type(k) is int and k >= 0 for k in words)):
+        raise ApiError(400, "attention.words must be a list of numbers of words, from 0", param="attention")
+    if not isinstance(pictures, bool):
+        raise ApiError(400, "attention.pictures must be true or false", param="attention")
+    return Attention(None if words is None else tuple(sorted(set(words))), pictures)
 
 
 def completion_request(body: Mapping[str, Any], options: ServeOptions) -> CompletionRequest:

@@ -132,6 +132,8 @@ class ChatWriter(Writer):
                 deltas.append({"content": raw[sent:]})
             if boxes := choice.boxes():
                 deltas.append({"boxes": boxes})
+            if choice.attention is not None:
+                deltas.append({"attention": choice.attention})
         found = [
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
         ]
@@ -154,6 +156,8 @@ class ChatWriter(Writer):
             message["tool_calls"] = _calls(calls)
         if boxes := choice.boxes():
             message["boxes"] = boxes
+        if choice.attention is not None:
+            message["attention"] = choice.attention
         tokens = [pair for piece in pieces for pair in piece.tokens]
         return {
             "index": choice.index,

@@ -12,7 +12,7 @@ import pytest
 from mm_jax.data.messages import Box, Conversation, Message, Text
 from mm_jax.errors import UserError
 from mm_jax.evaluate import report, runner
-from mm_jax.evaluate.attention_map import attention_map
+from mm_jax.inference.attention import attention_map
 from mm_jax.inference.text import render
 from tests.tiny import user
 

@@ -3,9 +3,12 @@
 import json
 import time
 
+import numpy as np
 import openai
 import pytest
 
+from mm_jax.data.media import decode_image
+from mm_jax.inference.attention import looks, words_of
 from mm_jax.inference.sampling import Sampling
 from tests.serve.conftest import audio_part, image_part, text_part
 
@@ -195,6 +198,31 @@ def test_tool_call_round_trip(client, lm):
     from mm_jax.agents.tools import functions_from_json, plain_messages
 
     assert after.usage.prompt_tokens == lm.prompt(plain_messages(messages, functions_from_json(TOOLS))).length
+
+
+def test_where_it_looked(client, lm):
+    """Weights over patches for every word, or for chosen ones with heat maps; streamed the same."""
+    messages = [{"role": "user", "content": [image_part(0), image_part(1), text_part("what colour")]}]
+    whole = chat(client, messages, max_tokens=12, extra_body={"attention": True}).choices[0].message
+    words = whole.attention["words"]
+    assert [word["index"] for word in words] == list(range(len(words)))
+    assert all(whole.content[word["start"] : word["end"]] == word["text"] for word in words)
+    assert "".join(word["text"] for word in words) == "".join(whole.content.split())
+    prompt = lm.prompt(messages)
+    ids = lm.generate(lm.batch(messages), 12)[0]
+    tokens = words_of(lm.processor, ids, prompt.transforms)[1].tokens
+    for look, image in zip(looks(lm, prompt, ids, [tokens])[0], words[1]["images"], strict=True):
+        np.testing.assert_allclose(image["weights"], look.weights, rtol=0.01)
+        np.testing.assert_allclose(image["area"], look.area, atol=0.01)
+    chosen = {"attention": {"words": [1, 999], "pictures": True}}
+    pieces = list(chat(client, messages, max_tokens=12, stream=True, extra_body=chosen))
+    (streamed,) = [p.choices[0].delta.attention for p in pieces if hasattr(p.choices[0].delta, "attention")]
+    (word,) = streamed["words"]
+    assert [word["index"], word["text"]] == [1, words[1]["text"]]
+    for image, expected in zip(word["images"], words[1]["images"], strict=True):
+        heat = decode_image(image.pop("picture"))
+        assert heat.size == (40, 24) and image == expected
+    assert not hasattr(chat(client, messages).choices[0].message, "attention")
 
 
 def test_completions(client, lm):
