@@ -101,7 +101,8 @@ def test_samples_of_skipped_updates_are_written_down(
     config_path: Path, tmp_path: Path, poisoned: dict[int, tuple[str, ...]]
 ) -> None:
     poisoned |= {2: (), 3: ()}
-    assert loop.train(load_config(config_path, ONLY), tmp_path / "run")
+    saves = ("--checkpoint.every-steps", "1000", "--checkpoint.every-minutes", "1e-9")
+    assert loop.train(load_config(config_path, [*ONLY, *saves]), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [(x["stage"], x["step"], x["reason"], x["loss"]) for x in lines] == [
         ("language", 2, "not finite", None),
@@ -113,10 +114,9 @@ def test_samples_of_skipped_updates_are_written_down(
     logged = [x for x in read_metrics(tmp_path / "run") if x["stage"] == "language" and x["step"]]
     assert [x["skipped"] for x in logged] == [0, 1, 2, 2]
     assert [np.isfinite(x.get("loss", np.nan)) for x in logged] == [True, False, False, True]
-    # every second step is a save, but not behind a step that was not finite
-    assert sorted(p.name for p in (tmp_path / "run/checkpoints/language").iterdir() if p.name.isdigit()) == [
-        "4"
-    ]
+    # so little time ago is the last save at every step, but there is none behind a step that was not finite
+    saved = (tmp_path / "run" / "checkpoints" / "language").iterdir()
+    assert sorted(p.name for p in saved if p.name.isdigit()) == ["1", "4"]
 
 
 def test_too_many_in_a_row_stop_the_run(
