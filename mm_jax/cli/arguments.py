@@ -1,5 +1,6 @@
 """Arguments of the commands that take a config file and overrides of its fields."""
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def split_arguments(
 def together(options: Mapping[str, str]) -> Iterator[None]:
     """Within `with`, this process is one of those that the options `TOGETHER` or its environment name.
 
-    A mistake that ends one of them ends all.
+    What ends one of them before its time ends all.
 
     Raises:
         UserError: some processes have not come; they are named.
@@ -73,10 +74,14 @@ def together(options: Mapping[str, str]) -> Iterator[None]:
     if not timeout.isdigit() or not int(timeout):
         raise UserError(f"--start-timeout is {timeout}; whole seconds are needed")
     place = processes.find_place(*(options.get(name, "") for name in TOGETHER[:3]))
-    if place is not None:
-        processes.join(place, float(timeout))
+    if place is None:
+        yield
+        return
+    processes.join(place, float(timeout))
     try:
         yield
     except UserError as error:
-        processes.abandon(str(error))
-        raise
+        processes.abandon(str(error), 2)
+    except BaseException as error:
+        traceback.print_exc()
+        processes.abandon(repr(error), 1)

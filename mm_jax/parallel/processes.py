@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed  # its client is the only way to strings, barriers with names and time limits
@@ -106,30 +106,28 @@ def _watch() -> None:
         except jax.errors.JaxRuntimeError:  # nobody has
             time.sleep(POLL)
             continue
-        author, _, text = message.partition(" ")
+        author, code, text = message.split(" ", 2)
         if author != str(index()):
             print(f"mm_jax: {text}", file=sys.stderr, flush=True)
-            _leave()
+            _leave(int(code))
         return
 
 
-def abandon(message: str) -> None:
-    """Ends this process and all others, which say why; does nothing in a process alone."""
-    if count() == 1:
-        return
+def abandon(message: str, code: int) -> NoReturn:
+    """Ends this process and all others, which say why, with an exit code."""
     told = f"process {index()} on {socket.gethostname()}: {message}"
     print(f"mm_jax: {told}", file=sys.stderr, flush=True)
     try:
-        distributed.global_state.client.key_value_set(FAILED, f"{index()} {told}")
+        distributed.global_state.client.key_value_set(FAILED, f"{index()} {code} {told}")
     except jax.errors.JaxRuntimeError:
         pass  # another one was quicker
-    _leave()
+    _leave(code)
 
 
-def _leave() -> None:
+def _leave(code: int) -> NoReturn:
     if is_first():
         time.sleep(3 * POLL)  # the others hear of it by the service in this process
-    os._exit(2)
+    os._exit(code)
 
 
 def count() -> int:

@@ -225,18 +225,16 @@ class _StageRun:
 
     def _gather(self) -> list[dict[str, Any]]:
         """What each process that reads other samples has counted; the first one's clock decides when to save."""
-        minutes = self.config.checkpoint.every_minutes
+        minutes, messages = self.config.checkpoint.every_minutes, self.data.drop_messages
         mine = {
             "part": self.part[0],
             "counts": dataclasses.asdict(self.counts),
             "trainable": dict(self.trainable),
             "dropped": sum(sum(reasons.values()) for reasons in self.data.drops.values()),
-            "messages": [
-                (*key, text) for key, text in self.data.drop_messages.items() if key not in self.told
-            ],
+            "messages": [(*key, text) for key, text in messages.items() if key not in self.told],
             "due": bool(minutes and time.monotonic() - self.saved_at >= 60 * minutes),
         }
-        self.told |= self.data.drop_messages.keys()
+        self.told |= messages.keys()
         everyone = processes.gather(mine)
         self.due = everyone[0]["due"]
         return list({one["part"]: one for one in everyone}.values())

@@ -151,7 +151,11 @@ class MetricsWriter:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`; a last line cut short by a crash is left out."""
-    path = Path(run_dir) / "metrics.jsonl"
+    return read_lines(Path(run_dir) / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file up to one that is cut short; none without the file."""
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:

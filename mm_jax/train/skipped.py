@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from mm_jax.errors import UserError
 from mm_jax.parallel import processes
+from mm_jax.train.metrics import read_lines
 
 Metrics = dict[str, np.ndarray]
 
@@ -29,7 +30,7 @@ class Skipped:
         self.streak = 0
         self.finite = True  # the newest step
         if processes.is_first() and self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            lines = read_lines(self.path)
             here = (stages.index(stage), step)
             kept = [line for line in lines if (stages.index(line["stage"]), line["step"]) <= here]
             temporary = self.path.with_suffix(".tmp")
