@@ -10,11 +10,21 @@ is a patch of 14 x 14 pixels, and four patches make a token.
 
 from mm_jax.data.pipeline import BatchConfig
 from mm_jax.data.sources import SourceConfig
-from mm_jax.models import MultimodalConfig
+from mm_jax.models import DecoderConfig, MultimodalConfig, NativeViTConfig, ProjectorConfig
 from mm_jax.train.config import InitConfig, OptimizerConfig, RunConfig, Stage
 
 
 def get_config() -> RunConfig:
+    # the sizes of Qwen/Qwen2-VL-7B-Instruct, for `compile` on a machine that does not have it
+    vision = NativeViTConfig(
+        patch_size=14, frames=2, merge=2, embed_dim=1280, num_layers=32, num_heads=16, mlp_dim=5120,
+        activation="quick_gelu",
+    )  # fmt: skip
+    merger = ProjectorConfig("mlp", merge=(4, 1), hidden_dim=5120, activation="gelu", norm_each=True)
+    decoder = DecoderConfig(
+        vocab_size=152_064, embed_dim=3584, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, mlp_dim=18_944,
+        tie_embeddings=False, qkv_bias=True, rope_theta=1e6, rope_sections=(16, 24, 24), norm_eps=1e-6,
+    )  # fmt: skip
     instruct = Stage(
         steps=1000,  # set it to your data: one step takes some 16 conversations
         mixture={"chat": 1.0},
@@ -39,7 +49,9 @@ def get_config() -> RunConfig:
     return RunConfig(
         name="qwen2_vl_7b",
         init=InitConfig(checkpoint="checkpoints/Qwen2-VL-7B-Instruct"),
-        model=MultimodalConfig(None, None, dtype="bfloat16"),  # [factory] bf16
+        model=MultimodalConfig(
+            vision, None, image_projector=merger, decoder=decoder, dtype="bfloat16"
+        ),  # [factory] bf16
         processor=None,
         sources={"chat": SourceConfig("chat", "data/chat.jsonl")},
         stages={"instruct": instruct},
