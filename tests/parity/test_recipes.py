@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -246,7 +247,7 @@ def test_readme_fine_tuning(tmp_path, monkeypatch, capsys):
 
 
 def test_compiles_without_the_checkpoints(capsys):
-    """The sizes of LLaVA-1.5-7B are in its config; those of others are not."""
+    """The sizes of LLaVA-1.5-7B and Qwen2-VL-7B are in their configs; those of others are not."""
     from mm_jax.train.ahead import abstract_batch
     from mm_jax.train.start import planned_config
 
@@ -254,8 +255,15 @@ def test_compiles_without_the_checkpoints(capsys):
     shapes = abstract_batch(config, config.stages["align"])
     assert shapes["pixel_values"].shape == (64, 4, 336, 336, 3) and shapes["tokens"].shape == (64, 2560)
     assert config.model.image_tokens == 576 and config.model.decoder.vocab_size == 32_064
-    assert main(["compile", str(CONFIGS / "qwen2_vl_7b.py")]) == 2
-    assert "there is no directory checkpoints/Qwen2-VL-7B-Instruct" in capsys.readouterr().err
+    config = planned_config(load_config(CONFIGS / "qwen2_vl_7b.py"))
+    shapes = abstract_batch(config, config.stages["instruct"])
+    assert shapes["patches"].shape == (8, 12_288, 1176) and shapes["positions"].shape == (8, 4096, 3)
+    from mm_jax.train.setup import abstract_params
+
+    count = sum(x.size for x in jax.tree.leaves(abstract_params(config.model)))
+    assert count == 8_291_375_616  # of Qwen/Qwen2-VL-7B-Instruct, as the hub shows
+    assert main(["compile", str(CONFIGS / "internvl2_5_4b.py")]) == 2
+    assert "there is no directory checkpoints/" in capsys.readouterr().err
 
 
 def test_sizes_of_checkpoints_that_are_there(tmp_path, capsys):
