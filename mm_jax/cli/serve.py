@@ -43,6 +43,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--max-seconds", type=float, default=600, metavar="S", help="seconds of sound of a request (600)"
     )
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="HOST",
+        help="fetch pictures from this host, or *.example.org; may be repeated (default: none is fetched)",
+    )  # fmt: skip
+    parser.add_argument("--fetch-bytes", type=float, default=16, metavar="MIB", help="of such a picture (16)")
+    parser.add_argument(
+        "--fetch-seconds", type=float, default=10, metavar="S", help="for those of one request (10)"
+    )
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="longest request (600)")
     parser.add_argument(
         "--drain", type=float, default=30, metavar="S", help="time for answers to end after SIGTERM (30)"
@@ -62,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
     from mm_jax.lm import load_lm  # after --help: this imports jax
     from mm_jax.serve.app import build
     from mm_jax.serve.options import ServeOptions
+    from mm_jax.serve.remote import Remote
     from mm_jax.train.setup import enable_compilation_cache
 
     settings = ServeOptions(
@@ -74,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
         max_pixels=options.max_pixels,
         max_images=options.max_images,
         max_seconds=options.max_seconds,
+        remote=Remote(tuple(options.allow_host), int(options.fetch_bytes * 2**20), options.fetch_seconds),
         timeout=options.timeout,
         drain=options.drain,
     )

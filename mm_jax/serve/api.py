@@ -27,6 +27,8 @@ from mm_jax.inference.prompt import Prompt, text_prompt
 from mm_jax.inference.request import Guide, Request
 from mm_jax.serve.choice import Choice, Piece
 from mm_jax.serve.errors import ApiError
+from mm_jax.serve.openapi import document
+from mm_jax.serve.remote import fetch_pictures
 from mm_jax.serve.schema import ChatRequest, Settings, chat_request, completion_request, read_json
 from mm_jax.serve.writers import ChatWriter, CompletionWriter, Writer
 
@@ -63,6 +65,9 @@ class Api:
         status = "ok" if self._worker.ready else "failed" if self._worker.failed else "starting"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
+    async def openapi(self, http: HttpRequest) -> Response:
+        return JSONResponse(document(self._options.model, bool(self._options.api_key)))
+
     async def metrics(self, http: HttpRequest) -> Response:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -72,6 +77,7 @@ class Api:
         began = time.monotonic()
 
         def read() -> tuple[ChatRequest, Example, Prompt, Callable[[], Guide] | None]:
+            fetch_pictures(body.get("messages"), self._options.remote, self._options.max_images)
             wanted = chat_request(body, self._options)
             functions = [] if wanted.choice == "none" else wanted.functions
             example = self._example(wanted.messages, functions)

@@ -54,6 +54,7 @@ def build(lm: LanguageModel, options: ServeOptions) -> Starlette:
 
     routes = [
         Route("/", show_page),
+        Route("/openapi.json", api.openapi),
         Route("/health", api.health),
         Route("/metrics", api.metrics),
         Route("/v1/models", api.models),

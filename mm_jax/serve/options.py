@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mm_jax.errors import UserError
+from mm_jax.serve.remote import Remote
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class ServeOptions:
       max_body: bytes of a request.
       max_pixels: of one picture.
       max_images, max_seconds: pictures, and seconds of sound, of one request.
+      remote: pictures that are fetched from other hosts; none by default.
       timeout: seconds that one request may take, waiting included.
       drain: seconds that answers under way get to end after SIGTERM.
     """
@@ -33,6 +35,7 @@ class ServeOptions:
     max_pixels: int = 50_000_000
     max_images: int = 64
     max_seconds: float = 600.0
+    remote: Remote = Remote()
     timeout: float = 600.0
     drain: float = 30.0
 
@@ -41,6 +44,8 @@ class ServeOptions:
                             ("max_images", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not (self.remote.max_bytes > 0 and self.remote.seconds > 0):
+            raise UserError("fetching a picture needs bytes and seconds above 0")
         for name in ("max_seconds", "timeout", "drain"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")

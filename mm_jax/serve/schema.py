@@ -17,7 +17,7 @@ from mm_jax.serve.errors import ApiError
 from mm_jax.serve.options import ServeOptions
 
 # what other servers and clients send and what changes no answer here
-_IGNORED = ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+IGNORED = ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
             "modalities", "reasoning_effort", "verbosity")  # fmt: skip
 _SHARED = ("model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
            "frequency_penalty", "logit_bias", "seed", "stop", "n", "max_tokens", "ignore_eos", "logprobs", "stream",
@@ -33,6 +33,22 @@ CHAT = (
     *_SHARED,
 )
 COMPLETION = ("prompt", "echo", *_SHARED)
+# name -> type, least and largest value
+NUMBERS: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 0, 2),
+    "top_p": (float, 0, 1),
+    "top_k": (int, -1, 2**31 - 1),
+    "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 0.01, 100),
+    "presence_penalty": (float, -2, 2),
+    "frequency_penalty": (float, -2, 2),
+    "seed": (int, -math.inf, math.inf),
+    "n": (int, 1, 16),
+    "max_tokens": (int, 1, math.inf),
+    "max_completion_tokens": (int, 1, math.inf),
+    "top_logprobs": (int, 0, ALTERNATIVES),
+}
+STOPS = 16  # texts that end an answer
 _LEVELS = 32  # of nested JSON; nothing that is asked for needs more
 
 
@@ -121,7 +137,7 @@ class _Body:
 
     def __init__(self, body: Mapping[str, Any], known: tuple[str, ...]):
         for key in body:
-            if key not in known and key not in _IGNORED:
+            if key not in known and key not in IGNORED:
                 raise ApiError(400, f'unknown field "{key}"{nearest(key, known)}', param=key)
         self._body = body
 
@@ -142,6 +158,11 @@ class _Body:
             raise ApiError(400, f"{name} is {value}; it must be {_between(low, high)}", param=name)
         return value
 
+    def number(self, name: str, default: float | None = None):
+        """One of NUMBERS."""
+        kind, low, high = NUMBERS[name]
+        return self(name, kind, default, low, high)
+
     def raw(self, name: str) -> Any:
         return self._body.get(name)
 
@@ -155,8 +176,8 @@ def _between(low: float, high: float) -> str:
 def _settings(take: _Body, top_logprobs: int | None, max_tokens: int | None) -> Settings:
     stop = take.raw("stop")
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) and s for s in stop):
-        raise ApiError(400, "stop must be a text or a list of at most 16 texts", param="stop")
+    if not isinstance(stop, list) or len(stop) > STOPS or not all(isinstance(s, str) and s for s in stop):
+        raise ApiError(400, f"stop must be a text or a list of at most {STOPS} texts", param="stop")
     bias = {}
     for token, value in take("logit_bias", dict, {}).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -165,25 +186,25 @@ def _settings(take: _Body, top_logprobs: int | None, max_tokens: int | None) -> 
                 400, "logit_bias must map token ids to numbers from -100 to 100", param="logit_bias"
             )
         bias[int(token)] = float(value)
-    seed = take("seed", int)
+    seed = take.number("seed")
     options = take("stream_options", dict, {})
     try:
         sampling = Sampling(
-            temperature=take("temperature", float, 1.0, 0, 2),
-            top_k=max(take("top_k", int, 0, -1, 2**31 - 1), 0),
-            top_p=take("top_p", float, 1.0, 0, 1) or 1e-6,
+            temperature=take.number("temperature", 1.0),
+            top_k=max(take.number("top_k", 0), 0),
+            top_p=take.number("top_p", 1.0) or 1e-6,
             seed=secrets.randbits(32) if seed is None else seed % 2**32,
-            min_p=take("min_p", float, 0.0, 0, 1),
-            repetition_penalty=take("repetition_penalty", float, 1.0, 0.01, 100),
-            presence_penalty=take("presence_penalty", float, 0.0, -2, 2),
-            frequency_penalty=take("frequency_penalty", float, 0.0, -2, 2),
+            min_p=take.number("min_p", 0.0),
+            repetition_penalty=take.number("repetition_penalty", 1.0),
+            presence_penalty=take.number("presence_penalty", 0.0),
+            frequency_penalty=take.number("frequency_penalty", 0.0),
             logit_bias=bias,
         )
     except UserError as error:
         raise ApiError(400, str(error)) from None
     return Settings(
         sampling=sampling,
-        n=take("n", int, 1, 1, 16),
+        n=take.number("n", 1),
         stop=tuple(stop),
         max_tokens=max_tokens,
         ignore_eos=take("ignore_eos", bool, False),
@@ -196,11 +217,11 @@ def _settings(take: _Body, top_logprobs: int | None, max_tokens: int | None) -> 
 def chat_request(body: Mapping[str, Any], options: ServeOptions) -> ChatRequest:
     """Raises ApiError naming the field that is wrong."""
     take = _Body(body, CHAT)
-    top = take("top_logprobs", int, 0, 0, ALTERNATIVES)
+    top = take.number("top_logprobs", 0)
     wanted = take("logprobs", bool, False)
     if top and not wanted:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    most = take("max_completion_tokens", int, take("max_tokens", int, None, 1), 1)
+    most = take.number("max_completion_tokens", take.number("max_tokens"))
     messages = take("messages", list)
     if not messages:
         raise ApiError(400, "messages must be a list with at least one message", param="messages")
@@ -282,7 +303,7 @@ def completion_request(body: Mapping[str, Any], options: ServeOptions) -> Comple
         raise ApiError(400, "prompt must be a text, a list of token ids, or a list of those", param="prompt")
     if len(prompts) > options.queue:
         raise ApiError(400, f"{len(prompts)} prompts in one request; at most {options.queue}", param="prompt")
-    settings = _settings(take, take("logprobs", int, None, 0, ALTERNATIVES), take("max_tokens", int, 16, 1))
+    settings = _settings(take, take("logprobs", int, None, 0, ALTERNATIVES), take.number("max_tokens", 16))
     return CompletionRequest(prompts, settings, take("echo", bool, False))
 
 
@@ -353,7 +374,8 @@ def _check_picture(part: dict, options: ServeOptions, bad: Any) -> None:
     if not isinstance(url, str):
         raise bad("an image_url part needs image_url.url")
     if not url.startswith("data:"):
-        raise bad("pictures come as data URLs (data:image/png;base64,...); this server fetches nothing")
+        others = "only addresses of its hosts" if options.remote.hosts else "nothing"
+        raise bad(f"pictures come as data URLs (data:image/png;base64,...); this server fetches {others}")
     try:
         image_size(url, options.max_pixels)
     except MediaError as error:
