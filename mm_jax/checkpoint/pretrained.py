@@ -13,16 +13,26 @@ import numpy as np
 
 from mm_jax.checkpoint.assembly import Part
 from mm_jax.checkpoint.hf import HFCheckpoint, stop_ids
-from mm_jax.data.joined_rule import JoinedRule
+from mm_jax.data.frame_rule import MEL, FrameAudio
+from mm_jax.data.joined_rule import BOXES, JoinedRule
 from mm_jax.data.media_rule import FixedImage, MediaRule, Settings
-from mm_jax.data.mel_rule import MelAudio
-from mm_jax.data.packing import Layout
+from mm_jax.data.mel_rule import RATE, MelAudio
+from mm_jax.data.native_rule import NativeRule
 from mm_jax.data.pixels import PixelRule
 from mm_jax.data.pretrained import PretrainedProcessor
 from mm_jax.data.pretrained_tokenizer import PretrainedTokenizer
 from mm_jax.errors import UserError
-from mm_jax.families.media import layout_of
-from mm_jax.models import AudioEncoderConfig, MultimodalConfig, ProjectorConfig, ViTConfig
+from mm_jax.families.deepseek_vl import PairRule
+from mm_jax.families.media import layout_of, patch_layout
+from mm_jax.families.qwen2_vl import IMAGE_PROCESSOR
+from mm_jax.models import (
+    ConformerConfig,
+    HybridConfig,
+    MultimodalConfig,
+    NativeViTConfig,
+    ProjectorConfig,
+    ViTConfig,
+)
 from mm_jax.models.encoders import AudioConfig
 
 MEDIA = {"image": "<image>", "audio": "<audio>"}
@@ -94,40 +104,62 @@ def is_pretrained(directory: Path) -> bool:
 def load_pretrained(directory: Path, model: MultimodalConfig) -> PretrainedProcessor:
     """What `write_pretrained` wrote, for a model of these sizes. Raises UserError for damaged files."""
     settings, tokenizer = Settings.read(directory), PretrainedTokenizer.load(directory)
+    try:
+        ids = json.loads((directory / IDS).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / IDS} cannot be read: {error}") from None
     rules: dict[str, MediaRule] = {}
-    if (vision := model.vision) is not None:
-        rules["image"] = FixedImage(
-            settings,
-            token_id=tokenizer.id(MEDIA["image"]),
-            size=(vision.height, vision.width),
-            num_tokens=model.image_tokens,
-            defaults={},
-        )
+    if model.vision is not None:
+        rules["image"] = image_rule(settings, tokenizer.id(MEDIA["image"]), model)
     if (audio := model.audio) is not None:
-        rules["audio"] = MelAudio(
+        conformer = isinstance(audio, ConformerConfig)
+        rules["audio"] = (FrameAudio if conformer else MelAudio)(
             settings,
             token_id=tokenizer.id(MEDIA["audio"]),
             shape=(audio.num_mels, audio.max_frames),
             num_tokens=model.audio_tokens,
             tokens_of=AudioTokens(audio, model.audio_projector),
-            all_frames=not audio.mask_frames,
+            all_frames=not conformer and not audio.mask_frames,
         )
-    try:
-        ids = json.loads((directory / IDS).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / IDS} cannot be read: {error}") from None
-    stops = tuple(ids["stop"])
-    pad = next(token for token in (ids["pad"], *stops, 0) if token is not None)
-    layout = Layout(
-        image_tokens=model.image_tokens,
-        image_size=(0, 0) if vision is None else (vision.height, vision.width),
-        audio_tokens=model.audio_tokens,
-        audio_size=(0, 0) if audio is None else (audio.max_frames, audio.num_mels),
-        pad_id=pad,
-    )
-    rule = JoinedRule(rules, {kind: MEDIA[kind] for kind in rules})
+    layout = layout_of(model, ids["pad"], tuple(ids["stop"]))
+    rule = JoinedRule(rules, {kind: MEDIA[kind] for kind in rules}, layout.position_axes)
     return PretrainedProcessor.load(
-        directory, rule, pad_id=pad, stop_ids=stops, template=TEMPLATE, layout=layout
+        directory, rule, pad_id=layout.pad_id, stop_ids=ids["stop"], template=TEMPLATE, layout=layout
+    )
+
+
+def image_rule(settings: Settings, token_id: int, model: MultimodalConfig) -> MediaRule:
+    """How pictures are prepared for the tower of a model that was put together.
+
+    Raises UserError for a tower whose projector would not give what the rule counts on.
+    """
+    vision = model.vision
+    if isinstance(vision, NativeViTConfig):
+        projector, merge = model.image_projector, (vision.merge**2, 1)
+        if projector.kind not in ("linear", "mlp") or projector.merge != merge:
+            raise UserError(
+                f"model.image_projector is {projector.kind} with merge {projector.merge}; a tower of patches needs "
+                f"linear or mlp with merge {merge}"
+            )
+        return NativeRule(
+            settings,
+            tokens={"image": token_id},
+            layout=patch_layout(vision),
+            patch=vision.patch_size,
+            frames=vision.frames,
+            axes=bool(model.decoder.rope_sections),
+            defaults=IMAGE_PROCESSOR,
+            video_defaults={},
+            boxes=BOXES,
+        )
+    if isinstance(vision, HybridConfig):
+        return PairRule(settings, token_id=token_id, sizes=vision.inputs, num_tokens=model.image_tokens)
+    return FixedImage(
+        settings,
+        token_id=token_id,
+        size=vision.inputs["pixel_values"],
+        num_tokens=model.image_tokens,
+        defaults={},
     )
 
 
@@ -144,19 +176,27 @@ class AudioTokens:
         return max(-(-self.encoder.positions_of(frames) // self.projector.merge[0]), 1)
 
 
-def prepared(part: Part) -> Part:
-    """The part, with the picture size that its directory's settings make, where the tower takes any.
+def prepared(part: Part, audio_seconds: float = 0.0) -> Part:
+    """The part with the sizes that its directory's settings make, where its encoder takes any.
 
-    Raises UserError for encoders whose input we cannot prepare.
+    Args:
+      audio_seconds: a window of an encoder of any number of frames; 0 for as long as its family has it.
+
+    Raises UserError for towers that stand only in their own system.
     """
-    kind = {"vision": ViTConfig, "audio": AudioEncoderConfig}.get(part.name)
-    if kind is not None and not isinstance(part.config, kind):
-        raise UserError(
-            f"{part.opened.directory}: a {part.opened.family.name} encoder cannot be put in front of a decoder yet: "
-            "how its input is prepared is not known"
-        )
-    if part.name != "vision" or not part.config.position_grid:
-        return part
-    rule = PixelRule.read(Settings.read(part.opened.directory).need("image"), {})
-    height, width, _ = rule(np.zeros((64, 64, 3), np.uint8)).shape
-    return dataclasses.replace(part, config=dataclasses.replace(part.config, height=height, width=width))
+    config = part.config
+    if isinstance(config, NativeViTConfig):
+        if config.slot_patches:
+            raise UserError(
+                f"{part.opened.directory}: the tower of {part.opened.family.name} stands in its own system only"
+            )
+        config = dataclasses.replace(config, taps=())  # for the first layers of its own decoder
+    elif isinstance(config, ViTConfig) and config.position_grid:
+        rule = PixelRule.read(Settings.read(part.opened.directory).need("image"), {})
+        height, width, _ = rule(np.zeros((64, 64, 3), np.uint8)).shape
+        config = dataclasses.replace(config, height=height, width=width)
+    elif isinstance(config, ConformerConfig) and audio_seconds:
+        settings = Settings.read(part.opened.directory).need("audio")
+        hop = 1 if config.num_mels == 1 else settings.get("hop_length", MEL["hop_length"])
+        config = dataclasses.replace(config, max_frames=int(audio_seconds * RATE) // hop)
+    return dataclasses.replace(part, config=config)

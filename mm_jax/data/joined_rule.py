@@ -6,8 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mm_jax.data.box_text import BoxText
 from mm_jax.data.image import Transform
 from mm_jax.data.media_rule import Arrays, Item, MediaRule
+from mm_jax.data.messages import Box, Part
+
+# thousandths of the picture that the model sees, in characters that every tokenizer has
+BOXES = BoxText("[{0}, {1}, {2}, {3}]", r"\[(\d+), ?(\d+), ?(\d+), ?(\d+)\]")
 
 
 class JoinedRule(MediaRule):
@@ -16,12 +21,14 @@ class JoinedRule(MediaRule):
     Args:
       rules: by kind.
       placeholders: the media tokens, by kind. A message is its parts on lines of their own, as in LLaVA's data.
+      axes: of the decoder's positions, 0 for one that is not listed.
     """
 
     joined = "\n"
 
-    def __init__(self, rules: Mapping[str, MediaRule], placeholders: Mapping[str, str]):
+    def __init__(self, rules: Mapping[str, MediaRule], placeholders: Mapping[str, str], axes: int = 0):
         super().__init__()
+        self.axes = axes
         self.rules, self.placeholders = dict(rules), dict(placeholders)
         self.tokens = {kind: rule.tokens[kind] for kind, rule in rules.items()}
         self.names = {kind: rule.names[kind] for kind, rule in rules.items()}
@@ -34,6 +41,19 @@ class JoinedRule(MediaRule):
 
     def items(self, kind: str, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[Item]:
         return self.rules[kind].items(kind, arrays, counts)
+
+    def positions(self, tokens: np.ndarray, items: Mapping[str, Sequence[Item]]) -> np.ndarray:
+        found = (
+            self.rules["image"].positions(tokens, items) if "image" in self.rules else np.arange(len(tokens))
+        )
+        found = found.astype(np.int32)
+        return found if found.ndim > 1 or not self.axes else np.repeat(found[:, None], self.axes, axis=1)
+
+    def write_box(self, box: Box, transform: Transform) -> str:
+        return BOXES.write(box, transform)
+
+    def parse(self, text: str, transforms: Sequence[Transform]) -> list[Part]:
+        return BOXES.parse(text, transforms)
 
     def transform(self, size: tuple[int, int]) -> Transform:
         return self.rules["image"].transform(size)

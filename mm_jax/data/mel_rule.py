@@ -114,15 +114,15 @@ class MelAudio(MediaRule):
         windows = len(values)
         if self.tokens_of is None:
             frames = np.full(windows, self.shape[1])
-            each = arrays.get("windows_of_clips", np.ones(windows, np.int32))
-            if each.ndim != 1 or each.sum() != windows or (each < 1).any():
-                raise UserError(f"windows_of_clips is {each.tolist()}, but there are {windows} windows")
         else:
             if mask is None or mask.shape != (windows, self.shape[1]):
                 raise UserError(
                     f"feature_attention_mask [{windows}, {self.shape[1]}] is needed with input_features"
                 )
-            frames, each = mask.sum(axis=1), np.ones(windows, np.int32)
+            frames = mask.sum(axis=1)
+        each = arrays.get("windows_of_clips", np.ones(windows, np.int32))
+        if each.ndim != 1 or each.sum() != windows or (each < 1).any():
+            raise UserError(f"windows_of_clips is {each.tolist()}, but there are {windows} windows")
         values = np.ascontiguousarray(values.transpose(0, 2, 1), np.float32)
         items, at = [], 0
         for count in each:

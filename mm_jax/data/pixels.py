@@ -63,6 +63,9 @@ def size_of(settings: Mapping[str, Any], height: int, width: int) -> tuple[int, 
         return (long, size["shortest_edge"]) if width <= height else (size["shortest_edge"], long)
     if "height" in size and "width" in size:
         return size["height"], size["width"]
+    if set(size) == {"longest_edge"}:  # of SAM's processor
+        scale = size["longest_edge"] / max(height, width)
+        return int(height * scale + 0.5), int(width * scale + 0.5)
     raise UserError(
         f'the size {dict(size)} of the image processor is not supported; it needs "height" and "width"'
     )
@@ -74,11 +77,12 @@ class PixelRule:
 
     Attributes:
       pad_colour: pad to a square with it first.
-      size: {"shortest_edge": n} or {"height": h, "width": w}.
+      size: {"shortest_edge": n}, {"longest_edge": n} or {"height": h, "width": w}.
       resample: number of Pillow's filter.
       crop: (height, width) of the middle that is kept.
       rescale: factor.
       mean, std: per channel, after rescaling.
+      fill: (height, width) that zeros on the right and below make up, last of all.
     """
 
     size: Mapping[str, int] | None
@@ -88,6 +92,7 @@ class PixelRule:
     rescale: float | None = 1 / 255
     mean: tuple[float, ...] | None = HALF
     std: tuple[float, ...] | None = HALF
+    fill: tuple[int, int] | None = None
 
     def __call__(self, picture: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] -> float32 [h, w, 3]."""
@@ -97,7 +102,13 @@ class PixelRule:
             picture = resize(picture, size_of(self.size, *picture.shape[:2]), self.resample)
         if self.crop is not None:
             picture = center_crop(picture, self.crop)
-        return self.normalise(picture)
+        values = self.normalise(picture)
+        if self.fill is not None:
+            more = [
+                (0, max(whole - part, 0)) for whole, part in zip(self.fill, values.shape[:2], strict=True)
+            ]
+            values = np.pad(values, (*more, (0, 0)))
+        return values
 
     def transform(self, size: tuple[int, int]) -> Transform:
         """Where the pixels of a picture of (width, height) land."""
@@ -115,6 +126,8 @@ class PixelRule:
         if self.crop is not None:
             x, y = x - (width - self.crop[1]) // 2, y - (height - self.crop[0]) // 2
             height, width = self.crop
+        if self.fill is not None:
+            height, width = self.fill
         return Transform(size, (across, down), (x, y), (width, height))
 
     def normalise(self, picture: np.ndarray) -> np.ndarray:
@@ -139,6 +152,7 @@ class PixelRule:
             raise UserError(f"preprocessor_config.json does not say {', '.join(sorted(lost))}")
         mean, std = (_three(values[name]) for name in ("image_mean", "image_std"))
         crop = _sides(values.get("crop_size")) if values.get("do_center_crop") else None
+        fill = values.get("pad_size") if values.get("do_pad") else None
         size = values["size"]
         if not isinstance(size, Mapping):  # a number, in old files
             square = values.get("default_to_square", True)
@@ -147,10 +161,11 @@ class PixelRule:
             size=size if values.get("do_resize", True) else None,
             resample=int(values["resample"]),
             crop=crop,
-            pad_colour=tuple(int(m * 255) for m in mean) if values.get("do_pad") else None,
+            pad_colour=tuple(int(m * 255) for m in mean) if values.get("do_pad") and not fill else None,
             rescale=values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else None,
             mean=mean if values.get("do_normalize", True) else None,
             std=std if values.get("do_normalize", True) else None,
+            fill=_sides(fill) if fill else None,
         )
 
 

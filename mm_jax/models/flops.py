@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from mm_jax.models.conformer import ConformerConfig, MelSubsampling
 from mm_jax.models.multimodal import MultimodalConfig
+from mm_jax.models.sam import HybridConfig, SamConfig
+from mm_jax.models.vision import ViTConfig
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,6 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
     """FLOPs of one forward pass by part: vision, image_projector, audio, audio_projector, decoder."""
     flops = {}
 
-    def blocks(width: int, layers: int, mlp: int, positions: int, gated: bool = False) -> float:
-        maps = 4 * width**2 + (3 if gated else 2) * width * mlp
-        return layers * positions * (2 * maps + 4 * width * positions)
-
     def projector(name: str, features: int, positions: int, tokens: int) -> float:
         p = getattr(config, name)
         width = config.decoder.embed_dim
@@ -43,6 +41,8 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
         if p.kind == "mlp":
             return 2.0 * tokens * p.hidden_dim * (merged + width)
         h = p.hidden_dim
+        if p.kind == "branches":
+            return 2.0 * tokens * width * (sum(p.branch_dims) / len(p.branch_dims) + width)
         if p.kind == "latent":
             keys = positions + tokens
             return 2.0 * (
@@ -68,15 +68,7 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
             deep = projector("deep_projector", v.feature_dim, work.patches, tokens)
             flops["deep_projector"] = len(v.taps) * deep
     elif v is not None:
-        embed, pixels, channels = 0, v.height * v.width, 3
-        for wider in v.stem:
-            pixels //= 4
-            embed += 2 * pixels * 9 * channels * wider
-            channels = wider
-        embed += 2 * pixels * channels * v.embed_dim
-        flops["vision"] = work.images * (
-            embed + blocks(v.embed_dim, v.num_layers, v.mlp_dim, v.num_positions, v.gated)
-        )
+        flops["vision"] = work.images * _tower(v)
         rows, cols = v.feature_grid
         flops["image_projector"] = work.images * projector(
             "image_projector", v.feature_dim, rows * cols, config.image_tokens
@@ -87,7 +79,7 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
         else:
             positions = a.num_positions * a.pool
             convs = 2 * 3 * a.embed_dim * (a.max_frames * a.num_mels + positions * a.embed_dim)
-            flops["audio"] = work.clips * (convs + blocks(a.embed_dim, a.num_layers, a.mlp_dim, positions))
+            flops["audio"] = work.clips * (convs + _blocks(a.embed_dim, a.num_layers, a.mlp_dim, positions))
         flops["audio_projector"] = work.clips * projector(
             "audio_projector", a.feature_dim, a.num_positions, config.audio_tokens
         )
@@ -102,6 +94,35 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
     per_token = 2 * (d.num_layers * layer + ends)
     flops["decoder"] = work.tokens * per_token + d.num_layers * 4 * heads * work.token_pairs
     return flops
+
+
+def _blocks(width: int, layers: int, mlp: int, positions: int, gated: bool = False) -> float:
+    maps = 4 * width**2 + (3 if gated else 2) * width * mlp
+    return layers * positions * (2 * maps + 4 * width * positions)
+
+
+def _tower(v: ViTConfig | SamConfig | HybridConfig) -> float:
+    """Of one picture."""
+    if isinstance(v, HybridConfig):
+        (rows, columns), width = v.low.feature_grid, v.high.out_dim
+        halves = (
+            2 * 9 * width**2 * rows * columns * (4 * 2 + 2 * 4)
+        )  # at half, then a quarter of four times the grid
+        return _tower(v.low) + _tower(v.high) + 2 * halves
+    if isinstance(v, SamConfig):
+        positions, full = v.side**2, len(v.full_layers) if v.window else v.num_layers
+        maps = 4 * v.embed_dim**2 + 2 * v.embed_dim * v.mlp_dim
+        pairs = full * positions + (v.num_layers - full) * v.window**2  # windows at the edge taken as full
+        neck = 2 * positions * (v.embed_dim * v.out_dim + 9 * v.out_dim**2)
+        embed = 2 * positions * 3 * v.patch_size**2 * v.embed_dim
+        return embed + positions * (2 * v.num_layers * maps + 4 * v.embed_dim * pairs) + neck
+    embed, pixels, channels = 0, v.height * v.width, 3
+    for wider in v.stem:
+        pixels //= 4
+        embed += 2 * pixels * 9 * channels * wider
+        channels = wider
+    embed += 2 * pixels * channels * v.embed_dim
+    return embed + _blocks(v.embed_dim, v.num_layers, v.mlp_dim, v.num_positions, v.gated)
 
 
 def _conformer(a: ConformerConfig) -> float:

@@ -153,6 +153,8 @@ class InitConfig:
     """Which hidden states the tower gives out, -1 for those after its last block; empty for its own output."""
     keep_class_token: bool = False
     """Give out that of a vision tower as well."""
+    audio_seconds: float = 0.0
+    """Window of an audio encoder that takes any length (a Conformer); 0 for 30 s. Longer clips take several."""
 
     @property
     def pretrained(self) -> bool:

@@ -164,6 +164,12 @@ def check_model(config: RunConfig) -> None:
 
 
 def _check_slots(config: RunConfig) -> None:
+    audio, projector = config.model.audio, config.model.audio_projector
+    if audio is not None and projector.kind in ("linear", "mlp") and audio.num_positions % projector.merge[0]:
+        raise UserError(
+            f"model.audio_projector.merge is {projector.merge}, which does not divide the {audio.num_positions} "
+            "positions of the audio encoder's window"
+        )
     block = config.model.vision.block if config.model.patch_slots else 1
     for name, stage in config.stages.items():
         if stage.batch.images % block:

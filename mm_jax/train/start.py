@@ -39,7 +39,7 @@ def open_parts(init: InitConfig) -> dict[str, Part]:
     parts = {name: open_part(getattr(init, name), name) for name in PARTS if getattr(init, name)}
     if "vision" in parts:
         parts["vision"] = of_layers(parts["vision"], init.vision_layers, init.keep_class_token)
-    return {name: prepared(part) for name, part in parts.items()}
+    return {name: prepared(part, init.audio_seconds) for name, part in parts.items()}
 
 
 def planned_config(config: RunConfig) -> RunConfig:

@@ -17,11 +17,15 @@ from mm_jax.models import (
     ConformerConfig,
     DecoderConfig,
     ExpertConfig,
+    HybridConfig,
+    HybridEncoder,
     MelSubsampling,
     MultimodalConfig,
     MultimodalLM,
     NativeViTConfig,
     ProjectorConfig,
+    SamConfig,
+    SamEncoder,
     VisionTransformer,
     ViTConfig,
     WaveformConvolutions,
@@ -75,6 +79,19 @@ def test_encoders():
     flops_stem = forward_flops(replace(CONFIG, vision=stem), WORK)["vision"]
     assert close(counted(VisionTransformer(stem), floats(4, 32, 48, 3)), flops_stem)
     assert close(counted(AudioEncoder(CONFIG.audio), floats(4, 48, 80), ints(4)), flops["audio"])
+
+
+@pytest.mark.parametrize("full", [(0, 1), (1,)])
+def test_sam_and_the_pair(full):
+    """With windows that divide the map; the ways of maps from one size to another are not counted."""
+    high = SamConfig(64, 8, 192, 2, 4, 768, out_dim=64, window=4, full_layers=full, relative=False)
+    pair = HybridConfig(ViTConfig(32, 32, 8, embed_dim=64, num_layers=2, num_heads=4, mlp_dim=256), high)
+    for config, module, inputs in (
+        (high, SamEncoder(high), [floats(4, 64, 64, 3)]),
+        (pair, HybridEncoder(pair), [floats(4, 32, 32, 3), floats(4, 64, 64, 3)]),
+    ):
+        found = forward_flops(replace(CONFIG, vision=config, audio=None), Work(0, 0, images=4))["vision"]
+        assert 1.0 <= counted(module, *inputs) / found <= 1.1
 
 
 def test_conformers():

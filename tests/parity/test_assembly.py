@@ -25,6 +25,9 @@ from mm_jax.train.metrics import read_metrics  # noqa: E402
 from mm_jax.train.setup import prepare  # noqa: E402
 from mm_jax.train.start import first_params  # noqa: E402
 from tests.parity import hosts, theirs  # noqa: E402
+from tests.parity import test_audio_towers as towers  # noqa: E402
+from tests.parity import test_deepseek_vl as deepseek  # noqa: E402
+from tests.parity import test_qwen_chat as qwen  # noqa: E402
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -62,6 +65,20 @@ def parts(tmp_path_factory) -> Path:
     write_tower("CLIP", root / "clip")
     write_decoder("Qwen3", root / "qwen3")
     write_decoder("Llama", root / "llama")
+    qwen.build(root / "qwen2_vl")
+    deepseek.build(root / "deepseek", hybrid=True)
+    square = {"height": 40, "width": 40}
+    transformers.DeepseekVLHybridImageProcessorPil(
+        size=SIZE, high_res_size=square, min_size=3
+    ).save_pretrained(root / "deepseek")
+    theirs.build(transformers.SamVisionConfig(**deepseek.HIGH), root / "sam", "SamVisionModel")
+    transformers.SamImageProcessorPil(size={"longest_edge": 40}, pad_size=square).save_pretrained(
+        root / "sam"
+    )
+    for case, extractor in (("wav2vec2-conformer", "Wav2Vec2"), ("parakeet", "Parakeet")):
+        towers.build(case, root / case)
+        options = dict(feature_size=16) if case == "parakeet" else {}
+        getattr(transformers, f"{extractor}FeatureExtractor")(**options).save_pretrained(root / case)
     config = transformers.Dinov2Config(
         image_size=35, patch_size=7, num_hidden_layers=2, num_attention_heads=3, hidden_size=24, mlp_ratio=2
     )
@@ -95,7 +112,7 @@ def _write_data(root: Path) -> None:
 
 
 def config_of(root: Path, kind: str, init: dict, projector: ProjectorConfig, steps: int = 3) -> RunConfig:
-    slots = {"images" if kind == "image" else "audio": 3}
+    slots = {"images" if kind == "image" else "audio": 512 if init.get("vision") == "qwen2_vl" else 3}
     batch = BatchConfig(rows=2, length=128, bins=2, **slots)
     stage = Stage(
         steps=steps,
@@ -134,13 +151,47 @@ CASES = {
     "whisper-mlp-llama": (
         "audio", dict(audio="whisper", decoder="llama"), ProjectorConfig("mlp", (5, 1), hidden_dim=16),
     ),
+    "qwen2_vl-mlp-llama": (
+        "image", dict(vision="qwen2_vl", decoder="llama"), ProjectorConfig("mlp", (4, 1), hidden_dim=16),
+    ),
+    "siglip-linear-qwen2_vl": (
+        "image", dict(vision="siglip", decoder="qwen2_vl"), ProjectorConfig("linear", (3, 1)),
+    ),
+    "deepseek-branches-qwen3": (
+        "image", dict(vision="deepseek", decoder="qwen3"), ProjectorConfig("branches", branch_dims=(32, 24)),
+    ),
+    "sam-qformer-llama": (
+        "image", dict(vision="sam", decoder="llama"),
+        ProjectorConfig("qformer", hidden_dim=16, num_queries=4, num_heads=2, num_layers=2, mlp_dim=16),
+    ),
+    "wav2vec2-mlp-qwen3": (
+        "audio", dict(audio="wav2vec2-conformer", decoder="qwen3", audio_seconds=0.30125),
+        ProjectorConfig("mlp", (24, 1), hidden_dim=16),
+    ),
+    "parakeet-resampler-llama": (
+        "audio", dict(audio="parakeet", decoder="llama", audio_seconds=0.5),
+        ProjectorConfig("resampler", hidden_dim=16, num_queries=4, num_heads=2),
+    ),
 }  # fmt: skip
+# features of a slot, and media tokens of the question below
 TOKENS = {
-    "siglip-resampler-qwen3": 4,
-    "clip-mlp-llama": 3,
-    "dinov2-linear-qwen3": 17,
-    "whisper-mlp-llama": 10,
+    "siglip-resampler-qwen3": (4, 4),
+    "clip-mlp-llama": (3, 3),
+    "dinov2-linear-qwen3": (17, 17),
+    "whisper-mlp-llama": (10, 4),
+    "qwen2_vl-mlp-llama": (0, 2 * 4),  # 20 x 30 pixels become 16 x 32: patches of 4 x 4, squares of 2 x 2
+    "siglip-linear-qwen2_vl": (3, 3),
+    "deepseek-branches-qwen3": (9, 9),
+    "sam-qformer-llama": (4, 4),
+    "wav2vec2-mlp-qwen3": (10, 10 + 3),  # 6000 samples: a window of 240 positions, and one of 58
+    "parakeet-resampler-llama": (4, 4),
 }
+TRAINED = [
+    "siglip-resampler-qwen3",
+    "whisper-mlp-llama",
+    "qwen2_vl-mlp-llama",
+    "wav2vec2-mlp-qwen3",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -156,11 +207,11 @@ def test_the_first_weights_are_those_of_the_parts(case, parts, tmp_path):
     alone = flatten_dict(mm_jax.load(parts / init[tower]).params, sep="/")
     for path, value in flat.items():
         if path.startswith(f"{tower}/"):
-            theirs_ = np.asarray(alone[path.removeprefix(f"{tower}/")])
+            theirs_ = np.asarray(alone.get(path, alone.get(path.removeprefix(f"{tower}/"))))
             assert np.array_equal(value, theirs_[: len(value)] if "/layers/" in path else theirs_), path
     decoder = mm_jax.load(parts / init["decoder"])
     vocab = decoder.config.decoder.vocab_size
-    for path, value in flatten_dict(decoder.params, sep="/").items():
+    for path, value in flatten_dict({"decoder": decoder.params["decoder"]}, sep="/").items():
         ours = flat[path]
         if path == "decoder/embedding/embedding":
             assert len(ours) == vocab + (init["decoder"] == "llama")
@@ -173,7 +224,7 @@ def test_the_first_weights_are_those_of_the_parts(case, parts, tmp_path):
         assert np.array_equal(ours, value), path
     lm = mm_jax.lm.LanguageModel(setup.model_config, params, setup.processor)
     slots = lm.config.image_tokens if kind == "image" else lm.config.audio_tokens
-    assert slots == TOKENS[case]
+    assert slots == TOKENS[case][0]
     batch = lm.batch([{"role": "user", "content": "what is in the picture?"}])
     ours = np.asarray(lm.apply(lm.params, batch))[..., :vocab]
     expected = np.asarray(decoder.apply(decoder.params, decoder.batch(input_ids=batch["tokens"])))
@@ -181,7 +232,7 @@ def test_the_first_weights_are_those_of_the_parts(case, parts, tmp_path):
     np.testing.assert_allclose(ours[real], expected[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["siglip-resampler-qwen3", "whisper-mlp-llama"])
+@pytest.mark.parametrize("case", TRAINED)
 def test_trains_and_answers(case, parts, tmp_path):
     """Two stages, the loss falls, the tower stays as it was; the run answers."""
     kind, init, projector = CASES[case]
@@ -205,13 +256,12 @@ def test_trains_and_answers(case, parts, tmp_path):
     ]
     batch = lm.batch(question)
     text = lm.processor.tokenizer.decode(batch["tokens"][0][batch["segment_ids"][0] > 0], special=True)
-    assert (batch["media_index"] >= 0).sum() == 4
-    if kind == "image":
-        assert (
-            text == "<|im_start|>user\n" + "<image>" * 4 + "\nwhat is it?<|im_end|>\n<|im_start|>assistant\n"
-        )
+    media = f"<{kind}>" * TOKENS[case][1]
+    assert (batch["media_index"] >= 0).sum() == TOKENS[case][1]
+    if init["decoder"] == "qwen3":
+        assert text == f"<|im_start|>user\n{media}\nwhat is it?<|im_end|>\n<|im_start|>assistant\n"
     else:
-        assert text == "USER: " + "<audio>" * 4 + "\nwhat is it? ASSISTANT:"
+        assert text == f"USER: {media}\nwhat is it? ASSISTANT:"
     assert isinstance(lm.chat(question, max_new_tokens=4), str)
     assert setup.model_config == lm.config
 
