@@ -4,6 +4,7 @@ import pytest
 
 from mm_jax.data.box_text import BoxText
 from mm_jax.data.image import Transform
+from mm_jax.data.joined_rule import BOXES
 from mm_jax.data.messages import Box, Text
 
 PAIRS = BoxText("<box>({0},{1}),({2},{3})</box>", r"<box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>")
@@ -13,7 +14,11 @@ WIDE = Transform((400, 100), (0.5, 1.0), (0, 0), (200, 100))  # squeezed to half
 
 @pytest.mark.parametrize(
     "form, text",
-    [(PAIRS, "<box>(250,100),(500,1000)</box>"), (PIXELS, '"bbox": [50, 10, 100, 100]')],
+    [
+        (PAIRS, "<box>(250,100),(500,1000)</box>"),
+        (PIXELS, '"bbox": [50, 10, 100, 100]'),
+        (BOXES, "[250, 100, 500, 1000]"),
+    ],
 )
 def test_there_and_back(form, text):
     box = Box((100.0, 10.0, 200.0, 100.0), 0)

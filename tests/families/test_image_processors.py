@@ -6,6 +6,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 from mm_jax.data.media_rule import Settings  # noqa: E402
+from mm_jax.data.pixels import PixelRule  # noqa: E402
 from mm_jax.families import FAMILIES  # noqa: E402
 from mm_jax.families.media import media_rule  # noqa: E402
 
@@ -35,3 +36,19 @@ def test_the_same_to_the_bit(kind, tmp_path):
     pictures = [random.integers(0, 256, (*size, 3)).astype(np.uint8) for size in sizes]
     expected = processor(pictures, input_data_format="channels_last")["pixel_values"]
     assert np.array_equal(rule.images(pictures)["pixel_values"], np.stack(expected))
+
+
+def test_the_longest_side_and_zeros_below(tmp_path):
+    """SAM's, for a tower that is put in front of a decoder; where a box lands."""
+    processor = transformers.SamImageProcessorPil(
+        size={"longest_edge": 40}, pad_size={"height": 40, "width": 40}
+    )
+    processor.save_pretrained(tmp_path)
+    rule = PixelRule.read(Settings.read(tmp_path).need("image"), {})
+    random = np.random.default_rng(0)
+    for size in ((40, 40), (31, 57), (200, 10), (13, 260)):
+        picture = random.integers(0, 256, (*size, 3)).astype(np.uint8)
+        expected = processor([picture], input_data_format="channels_last")["pixel_values"][0]
+        assert np.array_equal(rule(picture).transpose(2, 0, 1), expected)
+    transform = rule.transform((80, 20))
+    assert transform.size == (40, 40) and np.allclose(transform.forward((40, 0, 80, 20)), (0.5, 0, 1, 0.25))
