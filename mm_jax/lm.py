@@ -84,7 +84,8 @@ class LanguageModel:
         self.max_length = max_length
         taps = TAPS if self.layout.taps else 0
         two_way = self.layout.two_way != "none"
-        self.programs = Programs(self.model, params, self.stop_ids, self.layout.pad_id, taps, two_way)
+        shares = self.layout.shares
+        self.programs = Programs(self.model, params, self.stop_ids, self.layout.pad_id, taps, two_way, shares)
 
     @property
     def processor(self) -> Processor | PretrainedProcessor:
@@ -219,7 +220,8 @@ class LanguageModel:
     def engine(self, slots: int = 8, **options: Any) -> Engine:
         """A new engine of the model's programs: many answers at once; see `Engine` for the options."""
         options = {"max_length": self.max_length, **options}
-        if self.layout.two_way != "none":  # tokens that see each other are read together
+        # tokens that see each other are read together, and what is read beside the text is read once
+        if self.layout.two_way != "none" or self.layout.shares:
             options["chunk"] = options["max_length"]
         return Engine(self.programs, slots=slots, **options)
 

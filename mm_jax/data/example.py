@@ -14,6 +14,8 @@ windows a row, G preference pairs a row). The features of a row are laid out
         encoder of native resolution (patches, patch_segment_ids, ...) a slot is one patch
     media_taps, tap_weights   int32, float32 [B, S, TAPS], where `Layout.taps`: a media token takes a mixture of
                         features, at these distances from its media_index and with these weights
+    seen                int8 [B, S, N * shares], where `Layout.shares`: what a token has to do with each share of the
+                        row's pictures: 0 nothing, 1 it sees it, 2 it attends to it, but sees nothing
     audio_values        float32 [B, M, F, mels];  audio_frames, audio_segment_ids int32 [B, M] (0: unused)
     image_labels, image_boxes, audio_labels   the arrays of Example with leading [B]; dense stage only
     names               int32 [B, S, NAMES]  what a media token shows, as token ids, -1 for none; naming stages only
@@ -59,6 +61,7 @@ class Example:
     id: str = ""
     preference: int = -1  # index of the pair, set by whoever numbers the pairs
     taps: tuple[np.ndarray, np.ndarray] | None = None  # int32, float32 [T, TAPS]; None: one feature a token
+    seen: np.ndarray | None = None  # int8 [T, n * shares]
     slots: dict[str, np.ndarray] = field(default_factory=dict)  # [n, ...] each, see `image_arrays`
 
     @property

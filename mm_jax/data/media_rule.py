@@ -167,6 +167,19 @@ class MediaRule:
         """
         raise NotImplementedError
 
+    def by_row(self, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[list[Item]] | None:
+        """`items` of each row, for arrays of pictures that have an axis of rows; None where they have none."""
+        return None
+
+    def seen(self, tokens: np.ndarray, items: Mapping[str, Sequence[Item]]) -> np.ndarray | None:
+        """What the tokens [T] of a conversation have to do with its pictures, for decoders that read those beside the
+        text: int8 [T, shares of all pictures], see `mm_jax.data.example`."""
+        return None
+
+    def given_seen(self, arrays: Mapping[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray | None:
+        """`seen` [rows, T, shares] as the reference's own arrays say it, for input_ids of this shape."""
+        return None
+
     def prepared(self, arrays: Mapping[str, Any]) -> tuple[MediaRule, Mapping[str, Any]]:
         """The arrays of a batch with a media token wherever a feature goes, and the rule that knows this token.
 

@@ -68,6 +68,8 @@ class Layout:
     names: the batch has an array of that name.
     patches: how patches stand, of models that take pictures of any size; an image slot then is one patch.
     two_way: which tokens the array `blocks` joins, see `blocks_of`; "none": there is no such array.
+    shares: into which the features of an image slot are divided in the array `seen`, for decoders that read features
+        beside the text; 0: there is no such array.
     pad_id: token id of padding.
     """
 
@@ -83,6 +85,7 @@ class Layout:
     names: bool = False
     patches: PatchLayout | None = None
     two_way: str = "none"
+    shares: int = 0
     pad_id: int = 0
 
     @property
@@ -260,6 +263,9 @@ def collate(
             row_arrays["sources"][span] = sources[example.source]
             if layout.taps and example.taps is not None:
                 row_arrays["media_taps"][span], row_arrays["tap_weights"][span] = example.taps
+            if layout.shares and batch.images and example.seen is not None:
+                first = images * layout.shares
+                row_arrays["seen"][span, first : first + example.seen.shape[1]] = example.seen
             if layout.names:
                 row_arrays["names"][span] = example.names
             index = row_arrays["media_index"][span]
@@ -332,6 +338,8 @@ def _empty(count: int, batch: BatchConfig, layout: Layout) -> dict[str, np.ndarr
         arrays["names"] = np.full((*text, NAMES), -1, np.int32)
     if batch.images:
         slots = (count, batch.images)
+        if layout.shares:
+            arrays["seen"] = np.zeros((*text, batch.images * layout.shares), np.int8)
         for name, shape, dtype in layout.image_arrays:
             arrays[name] = np.zeros((*slots, *shape), dtype)
         arrays["image_segment_ids"] = np.zeros(slots, np.int32)

@@ -332,5 +332,6 @@ def assemble(
         audio_frames=audio.get("audio_frames", np.zeros(0, np.int32)),
         slots=joined,
         taps=taps,
+        seen=rule.seen(tokens, items),
         **fields,
     )

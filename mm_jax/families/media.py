@@ -8,7 +8,7 @@ from mm_jax.data.media_rule import FixedImage, MediaRule, Settings
 from mm_jax.data.packing import Layout
 from mm_jax.data.patches import PatchLayout
 from mm_jax.families.family import System
-from mm_jax.models import MultimodalConfig, NativeViTConfig
+from mm_jax.models import MultimodalConfig, NativeViTConfig, slot_arrays
 
 
 def patch_layout(vision: NativeViTConfig) -> PatchLayout:
@@ -49,6 +49,7 @@ def layout_of(
         slot_arrays=_slot_arrays(config),
         position_axes=3 if config.decoder.rope_sections else 0,
         two_way=config.two_way,
+        shares=vision.tiles if config.crossed else 0,
         pad_id=pad if 0 <= pad < config.decoder.vocab_size else 0,
     )
 
@@ -59,7 +60,7 @@ def _slot_arrays(config: MultimodalConfig) -> tuple[tuple[str, tuple[int, ...], 
     if vision is None:
         return ()
     if not config.native:
-        several = tuple((name, (*size, 3), "float32") for name, size in vision.inputs.items())
+        several = slot_arrays(vision)
         if longest := config.image_projector.text_length:
             several = (*several, ("instructions", (longest,), "int32"))
         return several if len(several) > 1 else ()

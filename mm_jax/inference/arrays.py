@@ -47,7 +47,7 @@ def batch_of(
     if real.shape != ids.shape:
         raise UserError(f"attention_mask has shape {list(real.shape)}, input_ids {list(ids.shape)}")
     ids = rule.marked(ids, arrays)
-    vocab = config.decoder.vocab_size
+    vocab = config.decoder.vocab_size + config.decoder.extra_tokens
     words = ids[~np.isin(ids, list(rule.tokens.values()))]  # a media token may be no word of the decoder's
     if words.size and not 0 <= words.min() <= words.max() < vocab:
         raise UserError(
@@ -73,6 +73,8 @@ def batch_of(
         packed, fill = batch[key], -1 if key == "media_index" else 0
         batch[key] = np.full((*ids.shape, *packed.shape[2:]), fill, packed.dtype)
         batch[key][real] = packed[np.sort(real, axis=1)[:, ::-1]]
+    if "seen" in batch and (seen := rule.given_seen(arrays, ids.shape)) is not None:
+        batch["seen"] = seen
     batch["tokens"] = np.where(ids < vocab, ids, 0).astype(np.int32)
     if arrays.get("position_ids") is not None:
         batch["positions"] = _positions(np.asarray(arrays["position_ids"]), batch["positions"].shape)
@@ -100,6 +102,10 @@ def _media_of_rows(rule: MediaRule, rows: Sequence[np.ndarray], arrays: Mapping[
             if any(counts):
                 needed = " and ".join(rule.names[kind])
                 raise UserError(f"{sum(counts)} {kind} tokens in input_ids, but there are no {needed}")
+            continue
+        if (by_row := rule.by_row(given, counts)) is not None:
+            for row, items in zip(found, by_row, strict=True):
+                row[kind] = items
             continue
         items = rule.items(kind, given, counts)
         taken = [len(item.index) for item in items]

@@ -59,4 +59,13 @@ def collate_prompts(examples: Sequence[Example], layout: Layout) -> dict[str, np
     return {key: array for key, array in batch.items() if key not in TRAIN_KEYS}
 
 
-TOKEN_KEYS = ("tokens", "segment_ids", "positions", "media_index", "media_taps", "tap_weights", "blocks")
+TOKEN_KEYS = (
+    "tokens",
+    "segment_ids",
+    "positions",
+    "media_index",
+    "media_taps",
+    "tap_weights",
+    "blocks",
+    "seen",
+)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mm_jax.errors import UserError
-from mm_jax.inference.batch import length_bucket
+from mm_jax.inference.batch import count_bucket, length_bucket
 from mm_jax.inference.features import FeaturePool
 from mm_jax.inference.programs import Programs, Reading, Said, State
 from mm_jax.inference.prompt import Medium, Prompt
@@ -80,6 +80,9 @@ class Engine:
         self._lengths = tuple(length for length in lengths if length <= length_bucket(min(chunk, max_length)))
         self._chunk = min(chunk, self._lengths[-1])
         self._cache_length = length_bucket(cache_length)
+        self._images = (
+            0  # pictures that a row of the cache has room for, where they have a place of their own
+        )
         config = programs.model.config
         encoders = config.vision is not None or config.audio is not None
         self.pool = FeaturePool(programs, features if encoders else 0)
@@ -170,7 +173,9 @@ class Engine:
 
     def warm_up(self, media: Iterable[Medium] = ()) -> None:
         """Compile every program that requests up to `cache_length` may need, media like the given ones included."""
-        self._grow(max(self._cache_length, self._lengths[-1]))
+        media = list(media)
+        pictures = any("pixel_values" in medium.arrays for medium in media)
+        self._grow(max(self._cache_length, self._lengths[-1]), int(pictures))
         self.pool.warm_up(media)
         for pieces in self._pieces:
             controls = Controls.of([Sampling()] * pieces)
@@ -201,7 +206,8 @@ class Engine:
             first = self._padded(min(request.prompt.length, self._chunk))
             needed = max(first, request.prompt.length + request.max_new_tokens, LEAST)
             # by doubling, as every length is another set of programs
-            self._grow(min(1 << (needed - 1).bit_length(), length_bucket(self.max_length)))
+            longest = min(1 << (needed - 1).bit_length(), length_bucket(self.max_length))
+            self._grow(longest, len(request.prompt.media))
             slot = self._choose(answer)
             self._clock += 1
             slot.answer, slot.used = answer, self._clock
@@ -245,7 +251,7 @@ class Engine:
             return
         vocab = self._programs.vocab_size
         prompted, bias = np.zeros(vocab, bool), np.zeros(vocab, np.float32)
-        prompted[request.prompt.tokens] = True
+        prompted[request.prompt.tokens[request.prompt.tokens < vocab]] = True
         for token, value in request.sampling.logit_bias.items():
             bias[token] = value
         self._run(self._programs.equip, np.int32(slot.row), prompted, bias)
@@ -293,7 +299,8 @@ class Engine:
     def _empty(self, pieces: int, size: int) -> Reading:
         programs = self._programs
         rows = len(self._slots)
-        return Reading.empty(pieces, size, rows, programs.position_axes, programs.taps, programs.two_way)
+        options = programs.position_axes, programs.taps, programs.two_way, self._images, programs.shares
+        return Reading.empty(pieces, size, rows, *options)
 
     def _left(self, slot: _Slot) -> int:
         """Tokens of the next piece of a prompt."""
@@ -402,15 +409,18 @@ class Engine:
             allowed[row] = guide.mask()
         return allowed
 
-    def _grow(self, length: int) -> None:
-        """Make sure that the cache has `length` slots a row."""
+    def _grow(self, length: int, images: int = 0) -> None:
+        """Make sure that the cache has `length` slots a row, and room for so many pictures where those have their own."""
+        before = self._cache_length, self._images
+        self._cache_length = max(self._cache_length, length)
+        if self._programs.shares:
+            self._images = max(self._images, count_bucket(images))
+        sizes = {"length": self._cache_length, "images": self._images}
         if self._state is None:
-            self._cache_length = max(self._cache_length, length)
-            self._state = self._programs.start(rows=len(self._slots), length=self._cache_length)
-        elif length > self._cache_length:
-            self._cache_length = length
+            self._state = self._programs.start(rows=len(self._slots), **sizes)
+        elif (self._cache_length, self._images) != before:
             state, self._state = self._state, None
-            self._state = self._programs.grow(state, length=length)
+            self._state = self._programs.grow(state, **sizes)
 
     def _reaches(self) -> tuple[int, ...]:
         """How far back decoding may look: short answers need not wait for an almost empty cache."""
@@ -426,7 +436,9 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _media_of(prompt: Prompt, piece: slice) -> list[Medium]:
-    """The media that a piece of a prompt takes features of."""
+    """The media that a piece of a prompt takes features of; all where layers of their own read them."""
+    if prompt.seen is not None:
+        return list(prompt.media)
     index = prompt.media_index[piece]
     used = np.unique(np.searchsorted(prompt.firsts, index[index >= 0], side="right") - 1)
     return [prompt.media[k] for k in used]
@@ -450,6 +462,9 @@ def _fill(reading: Reading, k: int, slot: _Slot, piece: slice, firsts: dict[byte
             reading.media_index[k, :count][here] = index[here] - first + firsts[medium.digest]
     if reading.blocks is not None and prompt.blocks is not None:
         reading.blocks[k, :count] = prompt.blocks[piece]
+    if prompt.seen is not None:
+        reading.seen[k, :count, : prompt.seen.shape[1]] = prompt.seen[piece]
+        reading.slot_firsts[k, : len(prompt.media)] = [firsts[medium.digest] for medium in prompt.media]
     if reading.media_taps is not None:
         reading.tap_weights[k, :, 0] = 1
         if prompt.taps is not None:

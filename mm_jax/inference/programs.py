@@ -17,6 +17,12 @@ from mm_jax.inference.sampling import ALTERNATIVES, Choice, Controls, Tables, sa
 from mm_jax.models import MultimodalLM, init_cache
 
 _AXES = {"key": 2, "value": 2, "segment_ids": 1}  # of the cache's slots
+_CONTEXT = {
+    "context_key": 2,
+    "context_value": 2,
+    "seen": 1,
+}  # of the features that layers of their own read, or shares
+_ROWS = {name: axis - 1 for name, axis in (_AXES | _CONTEXT).items()}
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +77,8 @@ class Reading:
       left: int32 [R], tokens that the answer may have; ends: bool [R], see `State`.
       media_taps, tap_weights: int32, float32 [R, S, T], where features are mixed, see `splice`.
       blocks: int32 [R, S], where some tokens see each other whatever their order.
+      slot_firsts: int32 [R, N], where the features of each image slot begin in the pool, and seen int8 [R, S, N * shares],
+        for decoders that read features in layers of their own.
     """
 
     tokens: np.ndarray
@@ -87,12 +95,23 @@ class Reading:
     media_taps: np.ndarray | None = None
     tap_weights: np.ndarray | None = None
     blocks: np.ndarray | None = None
+    slot_firsts: np.ndarray | None = None
+    seen: np.ndarray | None = None
 
     @classmethod
     def empty(
-        cls, pieces: int, length: int, rows: int, axes: int = 0, taps: int = 0, two_way: bool = False
+        cls,
+        pieces: int,
+        length: int,
+        rows: int,
+        axes: int = 0,
+        taps: int = 0,
+        two_way: bool = False,
+        images: int = 0,
+        shares: int = 0,
     ) -> Reading:
-        """`pieces` unused places; axes: of positions, 0 for plain ones; taps: 0 where features are not mixed."""
+        """`pieces` unused places; axes: of positions, 0 for plain ones; taps: 0 where features are not mixed; images:
+        slots of a row for pictures of so many shares that are read in layers of their own."""
 
         def zeros(*shape: int) -> np.ndarray:
             return np.zeros(shape, np.int32)
@@ -102,7 +121,8 @@ class Reading:
             zeros(*text), zeros(*text), zeros(*text, *[axes] * bool(axes)), zeros(*text) - 1, zeros(pieces) + rows,
             zeros(pieces), zeros(pieces), zeros(pieces), zeros(pieces) > 0, zeros(pieces), zeros(pieces) > 0,
             zeros(*text, taps) if taps else None, zeros(*text, taps).astype(np.float32) if taps else None,
-            zeros(*text) if two_way else None,
+            zeros(*text) if two_way else None, zeros(pieces, images) if images else None,
+            zeros(*text, images * shares).astype(np.int8) if images else None,
         )  # fmt: skip
 
 
@@ -115,6 +135,7 @@ class Programs:
     Attributes:
       taps: features that a media token is mixed of, 0 where it takes one.
       two_way: prompts have blocks of tokens that see each other.
+      shares: of a picture's features, for decoders that read them in layers of their own; else 0.
       traces: how often each program has been traced, by name: it stands still once everything is compiled.
     """
 
@@ -126,14 +147,16 @@ class Programs:
         pad_id: int = 0,
         taps: int = 0,
         two_way: bool = False,
+        shares: int = 0,
     ):
         self.model, self.params, self.taps, self.two_way = model, params, taps, two_way
+        self.shares = shares
         self.stop_ids, self.pad_id = tuple(int(i) for i in stop_ids), pad_id
         self.traces: Counter[str] = Counter()
         programs = {
             # (function, static names, place of the state or the pool, which is given up)
-            "start": (_start, ("rows", "length"), ()),
-            "grow": (_grow, ("length",), ()),
+            "start": (_start, ("rows", "length", "images"), ()),
+            "grow": (_grow, ("length", "images"), ()),
             "copy": (_copy, (), (0,)),
             "equip": (_equip, (), (0,)),
             "pool": (_pool, ("capacity",), ()),
@@ -162,30 +185,33 @@ def _traced(self: Programs, name: str, function: Any, *arguments: Any, **named: 
     return function(self, *arguments, **named)
 
 
-def _start(self: Programs, *, rows: int, length: int) -> State:
+def _start(self: Programs, *, rows: int, length: int, images: int = 0) -> State:
     config = self.model.config
     zeros = jnp.zeros(rows, jnp.int32)
-    cache = init_cache(config.decoder, rows, length, jnp.dtype(config.dtype))
-    for name in ("key", "value"):
+    sizes = images * config.image_tokens, images * self.shares
+    cache = init_cache(config.decoder, rows, length, jnp.dtype(config.dtype), *sizes)
+    for name in cache.keys() & {"key", "value", "context_key", "context_value"}:
         cache[name] = self.model.execution.constrain(cache[name], None, "batch", None, "kv_heads", None)
     return State(cache, zeros, zeros, zeros, zeros, zeros > 0, Tables.empty(rows, self.vocab_size))
 
 
-def _grow(self: Programs, state: State, *, length: int) -> State:
-    """The state with empty slots up to `length`."""
-    more = length - state.cache["segment_ids"].shape[1]
-    cache = {
-        name: jnp.pad(array, [(0, more if axis == _AXES[name] else 0) for axis in range(array.ndim)])
-        for name, array in state.cache.items()
-    }
-    return replace(state, cache=cache)
+def _grow(self: Programs, state: State, *, length: int, images: int = 0) -> State:
+    """The state with empty slots up to `length`, and for so many pictures of a row."""
+    features = images * self.model.config.image_tokens
+    sizes = dict.fromkeys(_AXES, length) | dict.fromkeys(_CONTEXT, features) | {"seen": images * self.shares}
+
+    def longer(name: str, array: jax.Array) -> jax.Array:
+        axis = (_AXES | _CONTEXT)[name]
+        return jnp.pad(array, [(0, sizes[name] - n if k == axis else 0) for k, n in enumerate(array.shape)])
+
+    return replace(state, cache={name: longer(name, array) for name, array in state.cache.items()})
 
 
 def _copy(self: Programs, state: State, source: jax.Array, target: jax.Array, length: jax.Array) -> State:
     """The state with the first `length` tokens of row `source` in row `target` as well."""
 
     def move(name: str, array: jax.Array) -> jax.Array:
-        axis = _AXES[name] - 1
+        axis = _ROWS[name]
         row = jax.lax.dynamic_slice_in_dim(array, source, 1, axis)
         return jax.lax.dynamic_update_slice_in_dim(array, row, target, axis)
 
@@ -222,7 +248,10 @@ def _encode(
 
 def _part(cache: dict[str, jax.Array], length: int) -> dict[str, jax.Array]:
     """The first `length` slots."""
-    return {name: jax.lax.slice_in_dim(x, 0, length, axis=_AXES[name]) for name, x in cache.items()}
+    return {
+        name: jax.lax.slice_in_dim(x, 0, length, axis=_AXES[name]) if name in _AXES else x
+        for name, x in cache.items()
+    }
 
 
 def _prefill(
@@ -240,7 +269,7 @@ def _prefill(
     r = reading
     rows = r.rows
     part = {
-        name: jnp.take(array, rows, axis=_AXES[name] - 1, mode="clip")
+        name: jnp.take(array, rows, axis=_ROWS[name], mode="clip")
         for name, array in _part(state.cache, length).items()
     }
     batch = {"tokens": r.tokens, "segment_ids": r.segment_ids, "positions": r.positions}
@@ -250,14 +279,16 @@ def _prefill(
         batch |= {"features": pool, "media_index": r.media_index}
         if r.media_taps is not None:
             batch |= {"media_taps": r.media_taps, "tap_weights": r.tap_weights}
+        if r.seen is not None:
+            batch |= {"slot_firsts": r.slot_firsts, "seen": r.seen}
     last = jnp.maximum(r.counts - 1, 0)
     logits, part = self.model.apply({"params": params}, batch, part, r.starts, last, method="extend")
-    cache = {
-        name: state.cache[name].at[(slice(None),) * (_AXES[name] - 1) + (rows, slice(0, length))].set(
-            part[name], mode="drop"
-        )
-        for name in part
-    }  # fmt: skip
+
+    def places(name: str) -> tuple:
+        slots = (slice(0, length),) if name in _AXES else ()
+        return (slice(None),) * _ROWS[name] + (rows, *slots)
+
+    cache = {name: state.cache[name].at[places(name)].set(array, mode="drop") for name, array in part.items()}
     # nothing has been said yet
     fresh = Tables(
         jnp.zeros((len(rows), self.vocab_size), jnp.int32),
@@ -345,6 +376,8 @@ def _decode(
     _, part, said = jax.lax.while_loop(going, one, (jnp.int32(0), part, said))
     cache = {
         name: jax.lax.dynamic_update_slice_in_dim(whole[name], array, 0, _AXES[name])
+        if name in _AXES
+        else array
         for name, array in part.cache.items()
     }
     return replace(part, cache=cache), said

@@ -55,6 +55,8 @@ class Prompt:
         -2 - k for the model's k-th learned marker.
       taps: int32 and float32 [T, TAPS], where tokens take mixtures of features; see `mm_jax.data.example`.
       blocks: int32 [T], tokens with the same number above 0 see each other whatever their order.
+      seen: int8 [T, media * shares], for decoders that read features in layers of their own, see
+        `mm_jax.data.example`; None without media.
     """
 
     tokens: np.ndarray
@@ -63,6 +65,7 @@ class Prompt:
     media: tuple[Medium, ...] = ()
     taps: tuple[np.ndarray, np.ndarray] | None = None
     blocks: np.ndarray | None = None
+    seen: np.ndarray | None = None
 
     @property
     def next_position(self) -> int:
@@ -98,6 +101,11 @@ class Prompt:
             here = self.blocks == block  # what is read of one of them depends on all
             content = hashlib.blake2b(keys[here].tobytes(), digest_size=8).digest()
             keys[here] ^= np.int64(int.from_bytes(content, "little") >> 1)
+        if self.seen is not None:  # what is read of a token depends on everything that it attends to
+            content = b"".join(medium.digest for medium in self.media)
+            kinds, kind = np.unique(self.seen, axis=0, return_inverse=True)
+            mixed = [hashlib.blake2b(row.tobytes() + content, digest_size=8).digest() for row in kinds]
+            keys = keys ^ np.array([int.from_bytes(digest, "little") >> 1 for digest in mixed])[kind.ravel()]
         return keys
 
 
@@ -106,7 +114,8 @@ def prompt_of(example: Example, layout: Layout) -> Prompt:
     base = layout.image_features(example.num_images)  # sound comes behind the pictures
     index = np.where(example.audio_index >= 0, example.audio_index + base, example.image_index)
     arrays = {"audio_values": example.audio_values, "audio_frames": example.audio_frames}
-    prompt = _prompt(example.tokens, example.positions, index, example.image_arrays | arrays, layout)
+    media = example.image_arrays | arrays
+    prompt = _prompt(example.tokens, example.positions, index, media, layout, example.seen)
     blocks = None
     if layout.two_way != "none":
         text = {
@@ -127,7 +136,7 @@ def prompts_of(batch: Mapping[str, np.ndarray], layout: Layout) -> list[Prompt]:
         arrays = {name: array[row] for name, array in batch.items()}
         real = arrays["segment_ids"] > 0
         text = (arrays[name][real] for name in ("tokens", "positions", "media_index"))
-        prompt = _prompt(*text, arrays, layout)
+        prompt = _prompt(*text, arrays, layout, arrays["seen"][real] if "seen" in arrays else None)
         if "media_taps" in arrays:
             prompt = replace(prompt, taps=(arrays["media_taps"][real], arrays["tap_weights"][real]))
         if "blocks" in arrays:
@@ -148,36 +157,46 @@ def _prompt(
     index: np.ndarray,
     arrays: Mapping[str, np.ndarray],
     layout: Layout,
+    seen: np.ndarray | None = None,
 ) -> Prompt:
-    """One conversation with its media taken apart; those that no token takes a feature of are left out.
+    """One conversation with its media taken apart; those that no token takes a feature of, or sees, are left out.
 
     Args:
       index: int [T], media_index as in a batch.
       arrays: of the media of one row, as in a batch.
+      seen: int8 [T, slots * shares], as in a batch.
     """
     media: list[Medium] = []
     moved, taken = np.where(index < 0, index, -1), 0
 
-    def add(first: int, last: int, features: int, make: Callable[[], dict[str, np.ndarray]]) -> None:
+    def add(
+        first: int, last: int, features: int, make: Callable[[], dict[str, np.ndarray]], read: bool = False
+    ) -> None:
         nonlocal taken
         here = (index >= first) & (index < last)
-        if here.any():
+        if here.any() or read:
             moved[here] = index[here] - first + taken
             media.append(Medium(make(), features))
             taken += features
 
+    kept: list[np.ndarray] = []
     images = {name: arrays[name] for name, _, _ in layout.image_arrays if name in arrays}
     count = min((len(array) for array in images.values()), default=0)
     for start, end in _pictures(images, layout) if count else ():
         slots = slot_bucket(end - start, layout)
         first, last = layout.image_features(start), layout.image_features(end)
-        add(first, last, layout.image_features(slots), partial(_slots, images, start, end, slots))
+        shares = None if seen is None else seen[:, start * layout.shares : end * layout.shares]
+        read = shares is not None and bool(shares.any())
+        if read:
+            kept.append(shares)
+        add(first, last, layout.image_features(slots), partial(_slots, images, start, end, slots), read)
     base = layout.image_features(count)
     for k in range(len(arrays.get("audio_values", ()))):
         first = base + k * layout.audio_tokens
         window = {name: arrays[name][k : k + 1] for name in ("audio_values", "audio_frames")}
         add(first, first + layout.audio_tokens, layout.audio_tokens, partial(dict, window))
-    return Prompt(tokens.astype(np.int32), positions.astype(np.int32), moved.astype(np.int32), tuple(media))
+    text = (array.astype(np.int32) for array in (tokens, positions, moved))
+    return Prompt(*text, tuple(media), seen=np.concatenate(kept, axis=1) if kept else None)
 
 
 def _pictures(images: Mapping[str, np.ndarray], layout: Layout) -> Iterator[tuple[int, int]]:

@@ -3,8 +3,17 @@
 from mm_jax.models.attention import Mask, attention, attention_mask, attention_weights, row_mask, window_mask
 from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
 from mm_jax.models.conformer import Conformer, ConformerConfig, MelSubsampling, WaveformConvolutions
+from mm_jax.models.cross import Context, CrossBlock
 from mm_jax.models.decoder import Decoder, DecoderConfig, init_cache
-from mm_jax.models.encoders import ENCODERS, AudioConfig, EncoderConfig, VisionConfig, dummy_inputs, encoder
+from mm_jax.models.encoders import (
+    ENCODERS,
+    AudioConfig,
+    EncoderConfig,
+    VisionConfig,
+    dummy_inputs,
+    encoder,
+    slot_arrays,
+)
 from mm_jax.models.execution import Execution
 from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.heads import DenseHeads, HeadConfig
@@ -21,15 +30,16 @@ from mm_jax.models.projectors import (
 )
 from mm_jax.models.rotary import RopeScaling, axial_rotation, channel_axes, rotate, rotation
 from mm_jax.models.sam import HybridConfig, HybridEncoder, SamConfig, SamEncoder
+from mm_jax.models.tiles import TiledViT, TiledViTConfig
 from mm_jax.models.vision import VisionTransformer, ViTConfig
 
 __all__ = [
     "ENCODERS", "MLP", "Attention", "AudioConfig", "AudioEncoder", "AudioEncoderConfig", "BranchProjector",
-    "Conformer", "ConformerConfig", "Decoder", "DecoderConfig", "DenseHeads", "EncoderBlock", "EncoderConfig",
+    "Conformer", "ConformerConfig", "Context", "CrossBlock", "Decoder", "DecoderConfig", "DenseHeads", "EncoderBlock", "EncoderConfig",
     "Execution", "ExpertConfig", "Experts", "HeadConfig", "HybridConfig", "HybridEncoder", "LatentReader",
     "MLPProjector", "Mask", "MelSubsampling", "MultimodalConfig", "MultimodalLM", "NativeViT", "NativeViTConfig",
-    "ProjectorConfig", "QFormer", "Resampler", "RopeScaling", "SamConfig", "SamEncoder", "ViTConfig", "VisionConfig",
+    "ProjectorConfig", "QFormer", "Resampler", "RopeScaling", "SamConfig", "SamEncoder", "TiledViT", "TiledViTConfig", "ViTConfig", "VisionConfig",
     "VisionTransformer", "WaveformConvolutions", "attention", "attention_mask", "attention_weights", "axial_rotation",
-    "channel_axes", "dummy_batch", "dummy_inputs", "encoder", "init_cache", "rotate", "rotation", "row_mask", "splice",
+    "channel_axes", "dummy_batch", "dummy_inputs", "encoder", "init_cache", "rotate", "rotation", "row_mask", "slot_arrays", "splice",
     "window_mask",
 ]  # fmt: skip

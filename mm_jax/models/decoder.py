@@ -1,13 +1,16 @@
 """The decoder-only language model."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from mm_jax.models.attention import Mask, as_mask, narrowed
+from mm_jax.models.cross import Context, CrossBlock, KeysValues
 from mm_jax.models.execution import Execution
 from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.layers import MLP, NORMS, Activation, Attention, AttentionStart, Norm, sinusoids, stack
@@ -46,6 +49,9 @@ class DecoderConfig:
         `mm_jax.models.layers.MediaAdapter`; rank 0 for none.
       qkv_bias: biases on query, key and value (Qwen2); out_bias, mlp_bias: on the other projections.
       experts: a mixture of experts in place of the MLP of every layer.
+      cross_layers: numbers of the layers that read the pictures' features in place of earlier tokens, see
+        `mm_jax.models.cross.CrossBlock`. A scan goes over the periods of the pattern that they make.
+      extra_tokens: that can be read, but not written: rows of the embedding behind those of the vocabulary.
     """
 
     vocab_size: int = 1024
@@ -86,22 +92,53 @@ class DecoderConfig:
     experts: ExpertConfig | None = None
     adapter_rank: int = 0
     adapter_scale: float = 1.0
+    cross_layers: tuple[int, ...] = ()
+    extra_tokens: int = 0
+
+    @property
+    def pattern(self) -> tuple[bool, ...]:
+        """Of the layers of one period, whether they read features; each period is like the others."""
+        kinds = tuple(k in self.cross_layers for k in range(self.num_layers))
+        lengths = (n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0)
+        return next(kinds[:n] for n in lengths if kinds[:n] * (self.num_layers // n) == kinds)
 
 
 Cache = dict[str, jax.Array]
+CONTEXT = ("context_key", "context_value")  # of a cache
 # Features [K, B, P, D], or [K, P, D] for all rows, for the first K layers, and int32 [B, T], which of them a position
 # takes, -1 for none: DeepStack (Meng et al. 2024).
 Deep = tuple[jax.Array, jax.Array]
 
 
-def init_cache(config: DecoderConfig, rows: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
-    """An empty KV cache: key and value [layers, rows, length, kv_heads, head_dim], segment_ids [rows, length]."""
-    shape = (config.num_layers, rows, length, config.num_kv_heads, config.head_dim)
-    return {
+def init_cache(
+    config: DecoderConfig,
+    rows: int,
+    length: int,
+    dtype: jnp.dtype = jnp.float32,
+    features: int = 0,
+    shares: int = 0,
+) -> Cache:
+    """An empty KV cache.
+
+    Args:
+      features: of a row, for layers that read them; shares: that they have, see `mm_jax.models.cross.Context`.
+
+    Returns:
+      key and value [layers, rows, length, kv_heads, head_dim], segment_ids [rows, length]. With cross_layers also what
+      those have made of the features, context_key and context_value [cross layers, rows, features, kv_heads, head_dim],
+      and seen [rows, shares], what the newest token saw.
+    """
+    cross, heads = len(config.cross_layers), (config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers - cross, rows, length, *heads)
+    cache = {
         "key": jnp.zeros(shape, dtype),
         "value": jnp.zeros(shape, dtype),
         "segment_ids": jnp.zeros((rows, length), jnp.int32),
     }
+    if not cross:
+        return cache
+    context = {name: jnp.zeros((cross, rows, features, *heads), dtype) for name in CONTEXT}
+    return cache | context | {"seen": jnp.zeros((rows, shares), jnp.int8)}
 
 
 class DecoderBlock(nn.Module):
@@ -164,6 +201,56 @@ class DecoderBlock(nn.Module):
         return self.execution.constrain(x, "batch", "length", None), cache
 
 
+class DecoderPeriod(nn.Module):
+    """One period of a pattern of layers: what a scan repeats where not all layers are of one kind."""
+
+    config: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: KeysValues | None,
+        kept: KeysValues | None,
+        window: jax.Array | None,
+        number: jax.Array | None,
+        context: Context | None,
+        *others: object,
+    ) -> tuple[jax.Array, tuple[KeysValues | None, KeysValues | None]]:
+        """[B, T, D] -> [B, T, D], the advanced cache, and the keys and values of the context.
+
+        Arguments are those of `DecoderBlock`, with a leading axis of this period's layers where it has one for each;
+        `kept` are keys and values of the context that were made before. Without a context the layers for it do nothing.
+        """
+        c = self.config
+
+        def of(tree: object, k: int) -> object:
+            return jax.tree.map(lambda a: a[k], tree)
+
+        advanced, made = [], []
+        for k, cross in enumerate(c.pattern):
+            if not cross:
+                block = DecoderBlock(c, self.dtype, self.execution, name=f"block{k}")
+                own = of(cache, len(advanced))
+                x, own = block(x, own, of(window, k), of(number, k), *others)
+                advanced.append(own)
+            elif context is not None:
+                block = CrossBlock(
+                    c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim, c.activation, c.norm, c.norm_eps, self.dtype,
+                    self.execution, name=f"block{k}",
+                )  # fmt: skip
+                x, new = block(x, context, of(kept, len(made)))
+                made.append(new)
+
+        def together(each: list[KeysValues | None]) -> KeysValues | None:
+            return jax.tree.map(lambda *a: jnp.stack(a), *each) if each else None
+
+        # they are kept with the cache alone
+        return x, (together(advanced), None if cache is None else together(made))
+
+
 def take_features(features: jax.Array, index: jax.Array) -> jax.Array:
     """Rows of features [B, P, D] or, for all rows, [P, D] at int32 [B, T]: [B, T, D]; -1 gives the first."""
     index = jnp.maximum(index, 0)
@@ -195,14 +282,18 @@ class Decoder(nn.Module):
         c = self.config
         width = c.token_dim or c.embed_dim
         init = nn.initializers.normal(width**-0.5)
-        self.embedding = nn.Embed(c.vocab_size, width, dtype=self.dtype, embedding_init=init)
+        self.embedding = nn.Embed(c.vocab_size + c.extra_tokens, width, dtype=self.dtype, embedding_init=init)
         if c.token_dim:
             self.project_in = nn.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
             self.project_out = nn.Dense(width, use_bias=False, dtype=self.dtype)
         if c.positions == "learned":
             init = nn.initializers.normal(0.02)
             self.positions = nn.Embed(c.num_positions, c.embed_dim, dtype=self.dtype, embedding_init=init)
-        layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 8, execution=self.execution)
+        if c.cross_layers:
+            repeats, axes = c.num_layers // len(c.pattern), (0, 0, 0, 0, *[nn.broadcast] * 9)
+            layers = stack(DecoderPeriod, repeats, *axes, execution=self.execution)
+        else:
+            layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 8, execution=self.execution)
         self.layers = layers(c, self.dtype, self.execution)
         if c.final_norm:
             self.norm = NORMS[c.norm](c.norm_eps, self.dtype, None)
@@ -224,6 +315,7 @@ class Decoder(nn.Module):
         always: jax.Array | None = None,
         deep: Deep | None = None,
         media: jax.Array | None = None,
+        context: Context | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Run the blocks and the final norm.
 
@@ -236,6 +328,8 @@ class Decoder(nn.Module):
           always: bool [B, 1, T, S], what is seen besides, whatever the windows.
           deep: media features that the first layers add behind themselves.
           media: bool [B, T], the tokens that the adapters are for; needed where there are some.
+          context: what cross_layers read; without it they do nothing. What they make of it is kept in the cache, and
+            read from there for a context without features.
 
         Returns:
           [B, T, D] and the advanced cache.
@@ -259,9 +353,22 @@ class Decoder(nn.Module):
         growth = log_growth(positions, c.log_length) if c.log_length else None
         number = None if deep is None else jnp.arange(c.num_layers)
         x = self.execution.constrain(x, "batch", "length", None)
-        x, layers = self.layers(
-            x, layers, windows, number, mask, always, turned, local, starts, deep, media, growth
-        )
+        others = (mask, always, turned, local, starts, deep, media, growth)
+        if c.cross_layers:
+            if self.is_initializing() and context is None:
+                seen = jnp.ones((*x.shape[:2], 1), jnp.int32)
+                context = Context.of(seen, 1, jnp.zeros((x.shape[0], 1, c.embed_dim), x.dtype))
+            kept = None
+            if context is not None and context.features is None:
+                kept = tuple(cache[name] for name in CONTEXT)
+            apart = partial(rearrange, pattern="(r k) ... -> r k ...", r=c.num_layers // len(c.pattern))
+            inputs = jax.tree.map(apart, (layers, kept, windows, number))
+            x, made = self.layers(x, *inputs, context, *others)
+            layers, made = jax.tree.map(lambda a: rearrange(a, "r k ... -> (r k) ..."), made)
+            if made is not None:
+                cache = cache | dict(zip(CONTEXT, made, strict=True))
+        else:
+            x, layers = self.layers(x, layers, windows, number, *others)
         if cache is not None:
             cache = cache | {"key": layers[0], "value": layers[1]}
         return self.norm(x) if c.final_norm else x, cache

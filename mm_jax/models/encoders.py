@@ -9,9 +9,10 @@ from mm_jax.models.conformer import Conformer, ConformerConfig
 from mm_jax.models.execution import Execution
 from mm_jax.models.native import NativeViT, NativeViTConfig
 from mm_jax.models.sam import HybridConfig, HybridEncoder, SamConfig, SamEncoder
+from mm_jax.models.tiles import TiledViT, TiledViTConfig
 from mm_jax.models.vision import VisionTransformer, ViTConfig
 
-VisionConfig = ViTConfig | NativeViTConfig | SamConfig | HybridConfig
+VisionConfig = ViTConfig | NativeViTConfig | SamConfig | HybridConfig | TiledViTConfig
 AudioConfig = AudioEncoderConfig | ConformerConfig
 EncoderConfig = VisionConfig | AudioConfig
 
@@ -20,6 +21,7 @@ ENCODERS: dict[type, type[nn.Module]] = {
     NativeViTConfig: NativeViT,
     SamConfig: SamEncoder,
     HybridConfig: HybridEncoder,
+    TiledViTConfig: TiledViT,
     AudioEncoderConfig: AudioEncoder,
     ConformerConfig: Conformer,
 }
@@ -32,13 +34,21 @@ def encoder(
     return ENCODERS[type(config)](config, dtype, execution)
 
 
+def slot_arrays(config: VisionConfig) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    """(name, shape, dtype) of what an encoder of pictures takes of one slot of a batch, in the order of its arguments;
+    not of one of native resolution."""
+    if isinstance(config, TiledViTConfig):
+        return config.arrays
+    return tuple((name, (*size, 3), "float32") for name, size in config.inputs.items())
+
+
 def dummy_inputs(config: EncoderConfig) -> dict[str, np.ndarray]:
     """What an encoder reads of a batch, for one picture or one window of sound, in the order of its arguments."""
     if isinstance(config, AudioConfig):
         values = np.zeros((1, config.max_frames, config.num_mels), np.float32)
         return {"audio_values": values, "audio_frames": np.full(1, config.max_frames, np.int32)}
     if not isinstance(config, NativeViTConfig):
-        return {name: np.zeros((1, *size, 3), np.float32) for name, size in config.inputs.items()}
+        return {name: np.zeros((1, *shape), dtype) for name, shape, dtype in slot_arrays(config)}
     slots = (1, config.slot_patches) if config.slot_patches else (config.block,)
     arrays = {
         "patches": np.zeros((*slots, config.patch_dim), np.float32),

@@ -190,6 +190,8 @@ class Attention(nn.Module):
         core: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
         media: jax.Array | None = None,
         growth: jax.Array | None = None,
+        kept: tuple[jax.Array, jax.Array] | None = None,
+        keep: bool = False,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Attend.
 
@@ -205,9 +207,11 @@ class Attention(nn.Module):
           core: takes query, key and value to their result in place of `attention` under `mask`.
           media: bool [B, T], the tokens that the adapters are for.
           growth: float [B, T], factors on the queries.
+          kept: keys and values [B, S, K, H] of a context that were made before, in its place.
+          keep: give out the keys and values of the context.
 
         Returns:
-          [B, T, D] and the updated cache (None when none was given).
+          [B, T, D] and the updated cache, or what is to be kept (None when neither was asked for).
         """
 
         first = {"out": CLOSED}
@@ -240,12 +244,15 @@ class Attention(nn.Module):
                 out = NORMS[self.qk_norm_kind](self.norm_eps, self.dtype, f"{name}_norm")(out)
             return out
 
-        context = x if context is None else context
         query = project("query", x, self.num_heads)
-        key_bias = self.use_bias if self.key_bias is None else self.key_bias
-        key = context if key_places is None else context + key_places
-        key = project("key", key, self.num_kv_heads, key_bias)
-        value = project("value", context, self.num_kv_heads)
+        if kept is None:
+            context = x if context is None else context
+            key_bias = self.use_bias if self.key_bias is None else self.key_bias
+            key = context if key_places is None else context + key_places
+            key = project("key", key, self.num_kv_heads, key_bias)
+            value = project("value", context, self.num_kv_heads)
+        else:
+            key, value = (array.astype(self.dtype) for array in kept)
         if turned is not None:
             query, key = rotate(query, turned), rotate(key, turned)
         if growth is not None:
@@ -253,6 +260,8 @@ class Attention(nn.Module):
         if cache is not None:
             key = write_slots(cache[0], key, starts)
             value = write_slots(cache[1], value, starts)
+            cache = key, value
+        elif keep:
             cache = key, value
         if self.is_mutable_collection("intermediates"):
             weights = attention_weights(query, key, mask, self.scale, self.cap)
@@ -323,6 +332,9 @@ class EncoderBlock(nn.Module):
         first value; None for no factors.
       key_bias: bias on the key (Whisper has none); None for the same as qkv_bias.
       gated: the MLP is gated.
+      out_bias: bias on the map behind the heads.
+      branch_gate: of a learned number whose tanh is a factor on what each branch adds (Alayrac et al. 2022, Flamingo),
+        the first value; None for no such number.
     """
 
     num_heads: int
@@ -337,6 +349,8 @@ class EncoderBlock(nn.Module):
     layer_scale: float | None = None
     key_bias: bool | None = None
     gated: bool = False
+    out_bias: bool = True
+    branch_gate: float | None = None
     execution: Execution = Execution()
 
     @nn.compact
@@ -348,19 +362,22 @@ class EncoderBlock(nn.Module):
             return NORMS[self.norm](self.norm_eps, self.dtype, name)
 
         def scaled(name: str, branch: jax.Array) -> jax.Array:
+            if self.branch_gate is not None:
+                number = self.param(f"{name}_gate", nn.initializers.constant(self.branch_gate), (1,))
+                branch = branch * jnp.tanh(number).astype(self.dtype)
             if self.layer_scale is None:
                 return branch
-            scale = self.param(name, nn.initializers.constant(self.layer_scale), branch.shape[-1:])
+            scale = self.param(f"{name}_scale", nn.initializers.constant(self.layer_scale), branch.shape[-1:])
             return branch * scale.astype(self.dtype)
 
         heads = self.num_heads
         attend = Attention(
-            heads, heads, x.shape[-1] // heads, self.qkv_bias, True, self.qk_norm, self.norm_eps, self.dtype, "all",
-            key_bias=self.key_bias, execution=self.execution, axes=ENCODER, name="attention",
+            heads, heads, x.shape[-1] // heads, self.qkv_bias, self.out_bias, self.qk_norm, self.norm_eps, self.dtype,
+            "all", key_bias=self.key_bias, execution=self.execution, axes=ENCODER, name="attention",
         )  # fmt: skip
-        x = x + scaled("attention_scale", attend(norm("attention_norm")(x), mask=mask)[0])
+        x = x + scaled("attention", attend(norm("attention_norm")(x), mask=mask)[0])
         mlp = MLP(self.mlp_dim, self.activation, self.gated, dtype=self.dtype, name="mlp")
-        x = x + scaled("mlp_scale", mlp(norm("mlp_norm")(x)))
+        x = x + scaled("mlp", mlp(norm("mlp_norm")(x)))
         x = self.execution.constrain(x, "pictures", None, None)
         return x, x if self.collect else None
 

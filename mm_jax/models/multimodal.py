@@ -10,8 +10,9 @@ from einops import rearrange
 
 from mm_jax.models.attention import Mask, block_mask, row_mask, write_slots
 from mm_jax.models.audio import AudioEncoderConfig
+from mm_jax.models.cross import Context
 from mm_jax.models.decoder import Cache, Decoder, DecoderConfig, Deep, take_features
-from mm_jax.models.encoders import AudioConfig, VisionConfig, dummy_inputs, encoder
+from mm_jax.models.encoders import AudioConfig, VisionConfig, dummy_inputs, encoder, slot_arrays
 from mm_jax.models.execution import Execution
 from mm_jax.models.heads import DenseHeads, HeadConfig
 from mm_jax.models.native import NativeViTConfig
@@ -51,6 +52,11 @@ class MultimodalConfig:
     def native(self) -> bool:
         """Whether pictures come as patches of any number, instead of slots of one size."""
         return isinstance(self.vision, NativeViTConfig)
+
+    @property
+    def crossed(self) -> bool:
+        """Whether the decoder reads features in layers of their own, instead of in place of tokens."""
+        return bool(self.decoder.cross_layers)
 
     @property
     def patch_slots(self) -> bool:
@@ -117,6 +123,8 @@ def dummy_batch(config: MultimodalConfig) -> dict[str, jax.Array]:
     for part in (config.vision, config.audio):
         if part is not None:
             batch |= {name: jnp.asarray(x[None]) for name, x in dummy_inputs(part).items()}
+    if config.crossed:
+        batch["seen"] = jnp.ones((1, 8, 1), jnp.int8)
     return batch
 
 
@@ -139,6 +147,10 @@ class MultimodalLM(nn.Module):
     has a text_vocab, instructions int32 [B, N, L] say what to look for in each picture; -1 is padding, on the right.
     blocks int32 [B, S] go with `MultimodalConfig.two_way`: the tokens of a segment with the same number above 0 see
     each other.
+    A decoder with cross_layers reads the features in those, and none takes the place of a token. seen int8 [B, S, C]
+    then says what each token has to do with each of C equal shares of its row's features, see
+    `mm_jax.models.cross.Context`. Of features that come for all rows, slot_firsts int32 [B, N] says where those of each
+    image slot begin.
     """
 
     config: MultimodalConfig
@@ -188,8 +200,8 @@ class MultimodalLM(nn.Module):
 
     def _image_features(self, batch: Batch) -> jax.Array:
         """[B * N, patches, C]"""
-        pictures = (batch[name] for name in self.config.vision.inputs)
-        return self.vision(*(rearrange(pixels, "b n h w c -> (b n) h w c") for pixels in pictures))
+        given = (batch[name] for name, _, _ in slot_arrays(self.config.vision))
+        return self.vision(*(rearrange(array, "b n ... -> (b n) ...") for array in given))
 
     def _audio_features(self, batch: Batch) -> jax.Array:
         """[B * M, positions, C]"""
@@ -245,6 +257,8 @@ class MultimodalLM(nn.Module):
 
     def _embed(self, batch: Batch) -> tuple[jax.Array, Deep | None]:
         embeddings = self.decoder.embed(batch["tokens"])
+        if self.config.crossed:
+            return embeddings, None
         features = batch["features"] if "features" in batch else self.encode(batch)
         if features is None:
             return embeddings, None
@@ -258,6 +272,25 @@ class MultimodalLM(nn.Module):
             if self.config.markers_projected:
                 markers = self.image_projector(markers[None], None)[0]
         return splice(embeddings, features[..., :width], index, markers, taps), deep
+
+    def _context(self, batch: Batch, cache: Cache | None = None) -> Context | None:
+        """What the decoder's own layers for features read; None where there is nothing."""
+        if not self.config.crossed:
+            return None
+        features, seen = None, batch.get("seen")
+        if "slot_firsts" in batch:
+            each = jnp.arange(self.config.image_tokens)
+            index = rearrange(batch["slot_firsts"][..., None] + each, "b n t -> b (n t)")
+            features = take_features(batch["features"], index)
+        elif seen is not None:
+            features = self.encode(batch)
+        if features is not None:
+            return Context.of(seen, features.shape[1], features)
+        if cache is None or not cache["seen"].shape[1]:
+            return None
+        # the keys and values of the features are known, and new tokens see what the last one saw
+        seen = jnp.broadcast_to(cache["seen"][:, None], (*batch["tokens"].shape, cache["seen"].shape[1]))
+        return Context.of(seen, cache["context_key"].shape[2], None)
 
     def _media(self, batch: Batch) -> jax.Array | None:
         """Which tokens the decoder's adapters are for."""
@@ -278,7 +311,10 @@ class MultimodalLM(nn.Module):
         mask, always = self._two_way(batch, row_mask(segments), segments, batch.get("blocks"))
         x, deep = self._embed(batch)
         media = self._media(batch)
-        return self.decoder.hidden(x, mask, batch["positions"], deep=deep, always=always, media=media)[0]
+        context = self._context(batch)
+        return self.decoder.hidden(
+            x, mask, batch["positions"], deep=deep, always=always, media=media, context=context
+        )[0]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[B, T, D] of `hidden` -> float32 [B, T, vocab]."""
@@ -319,9 +355,13 @@ class MultimodalLM(nn.Module):
         mask, always = self._two_way(batch, mask, cache["segment_ids"], blocks)
         x, deep = self._embed(batch)
         media = self._media(batch)
+        context = self._context(batch, cache)
         x, cache = self.decoder.hidden(
-            x, mask, batch["positions"], cache, starts, always=always, deep=deep, media=media
+            x, mask, batch["positions"], cache, starts, always=always, deep=deep, media=media, context=context
         )
+        if "seen" in batch:
+            newest = jnp.maximum(jnp.sum(segments > 0, axis=1) - 1, 0)
+            cache["seen"] = jnp.take_along_axis(batch["seen"], newest[:, None, None], axis=1)[:, 0]
         if last is not None:
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         return self.decoder.logits(x), cache

@@ -82,6 +82,7 @@ def same_gradients(
     media = np.isin(ids, list(lm.checkpoint.rule.tokens.values()))
     wanted = (mask[:, 1:] & mask[:, :-1] & ~media[:, 1:]).astype(np.float32)
     weights = wanted / wanted.sum()
+    ids = np.where(media, 0, ids)  # which need be no words
     model.zero_grad()
     logits = model(**{k: torch.from_numpy(v) for k, v in arrays.items()}).logits[:, :-1].float()
     losses = torch.nn.functional.cross_entropy(

@@ -50,6 +50,8 @@ def build(
             noise = torch.randn(value.shape, generator=generator)
             if value.ndim == 1 and re.search(r"norm|\bln_", name) and name.endswith("weight"):
                 value.copy_(1 + 0.2 * noise)
+            elif value.numel() == 1 and "gate" in name:  # its tanh is a factor on a whole branch
+                value.copy_(0.7 + 0.2 * noise)
             elif value.ndim == 1:
                 value.copy_(0.2 * noise)
             else:
