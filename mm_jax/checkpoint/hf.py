@@ -315,7 +315,13 @@ def _of_layer(sharding: Sharding) -> Sharding:
 def small_files(directory: Path) -> Iterator[Path]:
     """Those that belong to a checkpoint besides weights and config.json: tokenizer, templates, settings."""
     for path in directory.iterdir():
-        weights = path.name.startswith("model") or path.suffix not in (".json", ".jinja", ".txt", ".model")
+        weights = path.name.startswith("model") or path.suffix not in (
+            ".json",
+            ".jinja",
+            ".txt",
+            ".model",
+            ".tiktoken",
+        )
         if path.is_file() and not weights and path.name != "config.json":
             yield path
 

@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from mm_jax.data import tiktoken
 from mm_jax.errors import UserError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -103,7 +104,11 @@ class PretrainedTokenizer:
     def load(cls, directory: str | Path) -> PretrainedTokenizer:
         """Raises UserError for a missing or damaged file."""
         directory = Path(directory)
-        path = directory / "tokenizer.json"
+        path, old = directory / "tokenizer.json", directory / tiktoken.FILE
+        if not path.is_file() and old.is_file():
+            return cls(
+                tiktoken.tokenizer_of(tiktoken.read_ranks(old)), _read(directory / "tokenizer_config.json")
+            )
         if not path.is_file():
             raise UserError(
                 f"{directory} has no tokenizer.json; AutoTokenizer.from_pretrained(...).save_pretrained(...) of "
