@@ -305,6 +305,10 @@ class LanguageModel:
           [slots, heads, queries, patches] and "audio_projector", see `mm_jax.inference.attention.reading_weights`.
           `mm_jax.inference.attention.looks` carries them back to the patches of each picture.
         """
+        if self.config.crossed:
+            raise UserError(
+                "this model reads pictures beside the text, so no token stands for a place of one"
+            )
         prompt = messages if isinstance(messages, Example) else self.prompt(messages)
         whole = extended(prompt, answer)
         batch = collate_prompts([whole], self.layout)

@@ -99,6 +99,8 @@ def _tokens(opened: Opened, width: int, height: int) -> str:
     [item] = rule.items("image", arrays, ())
     slots = len(next(iter(item.arrays.values())))
     kind = "patches" if "patches" in item.arrays else "views"
+    if opened.system.config.crossed:
+        return f"{len(item.index)} token; {item.features} features beside the text"
     return f"{len(item.index)} tokens of {slots} {kind}"
 
 
@@ -109,8 +111,11 @@ def _memory(
     lines = [("memory", f"{_size(total * bytes_)} for the parameters, without activations")]
     if length is not None:
         d = config.decoder
-        token = 2 * d.num_layers * d.num_kv_heads * d.head_dim * bytes_
+        token = 2 * (d.num_layers - len(d.cross_layers)) * d.num_kv_heads * d.head_dim * bytes_
         lines.append(("", f"{_size(token * length)} for the cache of one answer of {length} tokens"))
+        if config.crossed:
+            picture = 2 * len(d.cross_layers) * config.image_tokens * d.num_kv_heads * d.head_dim * bytes_
+            lines.append(("", f"{_size(picture)} in it for each picture"))
     lines.append(("", f"{_size(total * TRAINING_BYTES)} to train all of it with Adam in float32"))
     return lines
 

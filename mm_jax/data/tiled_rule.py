@@ -94,8 +94,8 @@ class TiledRule(MediaRule):
         size = (rule.size or {}).get("height"), (rule.size or {}).get("width")
         if tiles != self.tiles or size != self.size:
             raise UserError(
-                f"preprocessor_config.json is for {tiles} tiles of {size[0]} x {size[1]}, the tower takes {self.tiles} of "
-                f"{self.size[0]} x {self.size[1]}"
+                f"preprocessor_config.json is for {tiles} tiles of {size[0]} x {size[1]}, the tower takes "
+                f"{self.tiles} of {self.size[0]} x {self.size[1]}"
             )
         return rule
 

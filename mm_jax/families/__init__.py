@@ -95,6 +95,7 @@ FAMILIES: dict[str, Family] = {
     "minicpmv": minicpmv.FAMILY,
     "mistral": mistral.FAMILY,
     "mllama": mllama.FAMILY,
+    "mllama_vision_model": mllama.TOWER,
     "opt": opt.FAMILY,
     "paligemma": paligemma.FAMILY,
     "parakeet_ctc": parakeet.CTC,

@@ -8,12 +8,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
+from mm_jax.data.media_rule import Settings
 from mm_jax.data.tiled_rule import TiledRule, shapes
 from mm_jax.errors import UserError
 from mm_jax.families import llama
 from mm_jax.families.family import LINEAR, Family, Names, System, Text, Weight, linear, norm
 from mm_jax.families.fields import Fields
-from mm_jax.models import DecoderConfig, MultimodalConfig, ProjectorConfig, TiledViTConfig
+from mm_jax.models import DecoderConfig, MultimodalConfig, ProjectorConfig, TiledViTConfig, dummy_inputs
 
 DEFAULTS = {"text_config": {}, "vision_config": {}, "image_token_index": 128_256}
 TEXT = llama.DEFAULTS | {
@@ -194,4 +197,25 @@ def _system(values: Mapping[str, Any], names: Names) -> System:
     return System(config, table, text_, rule=rule)
 
 
+def _tower_inputs(config: TiledViTConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every picture of the reference's arrays [rows, pictures, ...], one after the other."""
+    rule = TiledRule(
+        Settings(),
+        token_id=0,
+        tiles=config.tiles,
+        size=(config.height, config.width),
+        features=config.feature_grid[0],
+    )
+    rows = rule.by_row(arrays, [0] * len(arrays["pixel_values"]))
+    found = [item.arrays for row in rows for item in row]
+    return {name: np.concatenate([one[name] for one in found]) for name in dummy_inputs(config)}
+
+
+def _tower_system(values: Mapping[str, Any], names: Names) -> System:
+    config = tower(values, "config.json")
+    takes = TiledRule.names["image"][:3]
+    return System(config, tower_weights(config), takes=takes, inputs=_tower_inputs)
+
+
+TOWER = Family("mllama_vision_model", ("image",), _tower_system, ((r"^vision_model\.", ""),))
 FAMILY = Family("mllama", ("text", "image"), _system, RENAMES)

@@ -410,7 +410,7 @@ class Engine:
         return allowed
 
     def _grow(self, length: int, images: int = 0) -> None:
-        """Make sure that the cache has `length` slots a row, and room for so many pictures where those have their own."""
+        """Make sure that the cache has `length` slots a row, and room for pictures where those have their own."""
         before = self._cache_length, self._images
         self._cache_length = max(self._cache_length, length)
         if self._programs.shares:

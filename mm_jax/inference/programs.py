@@ -77,8 +77,8 @@ class Reading:
       left: int32 [R], tokens that the answer may have; ends: bool [R], see `State`.
       media_taps, tap_weights: int32, float32 [R, S, T], where features are mixed, see `splice`.
       blocks: int32 [R, S], where some tokens see each other whatever their order.
-      slot_firsts: int32 [R, N], where the features of each image slot begin in the pool, and seen int8 [R, S, N * shares],
-        for decoders that read features in layers of their own.
+      slot_firsts: int32 [R, N], where the features of each image slot begin in the pool, and seen: int8
+        [R, S, N * shares]; for decoders that read features in layers of their own.
     """
 
     tokens: np.ndarray

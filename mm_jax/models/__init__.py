@@ -35,11 +35,11 @@ from mm_jax.models.vision import VisionTransformer, ViTConfig
 
 __all__ = [
     "ENCODERS", "MLP", "Attention", "AudioConfig", "AudioEncoder", "AudioEncoderConfig", "BranchProjector",
-    "Conformer", "ConformerConfig", "Context", "CrossBlock", "Decoder", "DecoderConfig", "DenseHeads", "EncoderBlock", "EncoderConfig",
-    "Execution", "ExpertConfig", "Experts", "HeadConfig", "HybridConfig", "HybridEncoder", "LatentReader",
-    "MLPProjector", "Mask", "MelSubsampling", "MultimodalConfig", "MultimodalLM", "NativeViT", "NativeViTConfig",
-    "ProjectorConfig", "QFormer", "Resampler", "RopeScaling", "SamConfig", "SamEncoder", "TiledViT", "TiledViTConfig", "ViTConfig", "VisionConfig",
-    "VisionTransformer", "WaveformConvolutions", "attention", "attention_mask", "attention_weights", "axial_rotation",
-    "channel_axes", "dummy_batch", "dummy_inputs", "encoder", "init_cache", "rotate", "rotation", "row_mask", "slot_arrays", "splice",
-    "window_mask",
+    "Conformer", "ConformerConfig", "Context", "CrossBlock", "Decoder", "DecoderConfig", "DenseHeads", "EncoderBlock",
+    "EncoderConfig", "Execution", "ExpertConfig", "Experts", "HeadConfig", "HybridConfig", "HybridEncoder",
+    "LatentReader", "MLPProjector", "Mask", "MelSubsampling", "MultimodalConfig", "MultimodalLM", "NativeViT",
+    "NativeViTConfig", "ProjectorConfig", "QFormer", "Resampler", "RopeScaling", "SamConfig", "SamEncoder", "TiledViT",
+    "TiledViTConfig", "ViTConfig", "VisionConfig", "VisionTransformer", "WaveformConvolutions", "attention",
+    "attention_mask", "attention_weights", "axial_rotation", "channel_axes", "dummy_batch", "dummy_inputs", "encoder",
+    "init_cache", "rotate", "rotation", "row_mask", "slot_arrays", "splice", "window_mask",
 ]  # fmt: skip

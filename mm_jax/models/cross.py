@@ -33,7 +33,7 @@ class Context:
         """From int [B, T, C]: what a token has to do with each of C equal shares of its row's `count` features: 0
         nothing, 1 it sees them, 2 it attends to them, but sees nothing.
 
-        Token that see nothing at all attend to everything in the reference, and are spared the MLP alone.
+        Tokens that see nothing at all attend to everything in the reference, and are spared the MLP alone.
         """
         attends = repeat(seen > 0, "b t c -> b 1 t (c each)", each=count // seen.shape[-1])
         return cls(features, attends, jnp.any(seen == 1, axis=-1, keepdims=True))
@@ -68,14 +68,14 @@ class CrossBlock(nn.Module):
 
         attend = Attention(
             self.num_heads, self.num_kv_heads, self.head_dim, use_bias=False, qk_norm=True, norm_eps=self.norm_eps,
-            dtype=self.dtype, qk_norm_kind=self.norm, execution=self.execution, name="attention",
+            dtype=self.dtype, qk_norm_kind=self.norm, start="open", execution=self.execution, name="attention",
         )  # fmt: skip
         y, kept = attend(
             norm("attention_norm")(x), context=context.features, mask=context.attends, kept=kept, keep=True
         )
         anything = jnp.any(context.attends[:, 0], axis=-1, keepdims=True)
         x = x + gate("attention_gate") * jnp.where(anything, y, 0)
-        mlp = MLP(self.mlp_dim, self.activation, True, False, self.dtype, name="mlp")
+        mlp = MLP(self.mlp_dim, self.activation, True, False, self.dtype, start="open", name="mlp")
         y = mlp(norm("mlp_norm")(x))
         x = x + gate("mlp_gate") * jnp.where(context.changes, y, 0)
         return self.execution.constrain(x, "batch", "length", None), kept

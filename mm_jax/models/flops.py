@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mm_jax.models.conformer import ConformerConfig, MelSubsampling
 from mm_jax.models.multimodal import MultimodalConfig
 from mm_jax.models.sam import HybridConfig, SamConfig
+from mm_jax.models.tiles import TiledViTConfig
 from mm_jax.models.vision import ViTConfig
 
 
@@ -67,6 +68,14 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
         if config.deep_projector is not None:
             deep = projector("deep_projector", v.feature_dim, work.patches, tokens)
             flops["deep_projector"] = len(v.taps) * deep
+    elif isinstance(v, TiledViTConfig):
+        embed = 2 * v.tiles * v.height * v.width * 3 * v.embed_dim
+        positions, _ = v.feature_grid
+        layers = _blocks(v.embed_dim, v.num_layers + v.num_global_layers, v.mlp_dim, positions)
+        flops["vision"] = work.images * (embed + layers)
+        flops["image_projector"] = work.images * projector(
+            "image_projector", v.feature_dim, positions, config.image_tokens
+        )
     elif v is not None:
         flops["vision"] = work.images * _tower(v)
         rows, cols = v.feature_grid
@@ -91,8 +100,13 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
     else:
         layer += (2 + d.gated) * d.embed_dim * d.mlp_dim
     ends = d.vocab_size * (d.token_dim or d.embed_dim) + 2 * d.token_dim * d.embed_dim
-    per_token = 2 * (d.num_layers * layer + ends)
-    flops["decoder"] = work.tokens * per_token + d.num_layers * 4 * heads * work.token_pairs
+    own = d.num_layers - len(d.cross_layers)
+    per_token = 2 * (own * layer + ends)
+    flops["decoder"] = work.tokens * per_token + own * 4 * heads * work.token_pairs
+    if work.images and d.cross_layers:  # a token reads one picture; texts without any pass the layers by
+        maps, features = 4 * d.embed_dim * d.num_kv_heads * d.head_dim, config.image_tokens
+        cross = 2 * d.embed_dim * (2 * heads + (2 + d.gated) * d.mlp_dim) + 4 * heads * features
+        flops["decoder"] += len(d.cross_layers) * (work.tokens * cross + work.images * features * maps)
     return flops
 
 

@@ -21,7 +21,7 @@ UNROLLED_ON_CPU = 8  # layers
 # do not drown the embeddings (Zhang et al. 2019, Fixup; the quickstart learns faster from it).
 OPEN, CLOSED = nn.initializers.lecun_normal(), nn.initializers.zeros_init()
 
-AttentionStart = Literal["closed", "mimetic"]
+AttentionStart = Literal["closed", "open", "mimetic"]
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 
@@ -150,7 +150,8 @@ class Attention(nn.Module):
       norm_heads: "each" head is normalised on its own (Qwen3), or "all" heads of a token together (InternViT).
       inner_norm: layer norm between the heads and the out projection (Wang et al. 2022, Magneto: sub-LN).
       scale, cap: as of `mm_jax.models.attention.attention`.
-      start: the first kernels: "closed" adds nothing to the residual stream, see CLOSED; "mimetic" looks at what is
+      start: the first kernels: "closed" adds nothing to the residual stream, see CLOSED; "open" is for what something
+        else closes, as both could not learn; "mimetic" looks at what is
         alike and passes it on, see `mimetic_kernels`; for self-attention.
       adapter_rank, adapter_scale: of the `MediaAdapter`s of all four maps; rank 0 for none.
       dtype: compute dtype; parameters stay float32.
@@ -214,7 +215,7 @@ class Attention(nn.Module):
           [B, T, D] and the updated cache, or what is to be kept (None when neither was asked for).
         """
 
-        first = {"out": CLOSED}
+        first = {} if self.start == "open" else {"out": CLOSED}
         if self.start == "mimetic" and self.is_initializing():
             shape = (x.shape[-1], self.num_heads, self.num_kv_heads, self.head_dim)
             kernels = mimetic_kernels(self.make_rng("params"), *shape)
@@ -287,6 +288,7 @@ class MLP(nn.Module):
     Attributes:
       inner_norm: layer norm in front of the second map, see `Attention`.
       adapter_rank, adapter_scale: of the `MediaAdapter`s of all maps; rank 0 for none.
+      start: "closed" or "open", see `Attention`.
     """
 
     mlp_dim: int
@@ -298,6 +300,7 @@ class MLP(nn.Module):
     norm_eps: float = 1e-6
     adapter_rank: int = 0
     adapter_scale: float = 1.0
+    start: Literal["closed", "open"] = "closed"
 
     @nn.compact
     def __call__(self, x: jax.Array, media: jax.Array | None = None) -> jax.Array:
@@ -317,7 +320,7 @@ class MLP(nn.Module):
         hidden = activate(dense("gate", x, self.mlp_dim)) * hidden if self.gated else activate(hidden)
         if self.inner_norm:
             hidden = layer_norm(self.norm_eps, self.dtype, "inner_norm")(hidden)
-        return dense("down", hidden, x.shape[-1], CLOSED)
+        return dense("down", hidden, x.shape[-1], CLOSED if self.start == "closed" else OPEN)
 
 
 class EncoderBlock(nn.Module):

@@ -1,5 +1,6 @@
 """A Vision Transformer over all tiles of a picture together."""
 
+import math
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -132,7 +133,7 @@ class TiledViT(nn.Module):
         x, states = blocks(x, c.num_layers, "layers", collect=bool(c.taps))
         x = layer_norm(END_EPS, self.dtype, "post_norm")(x)
         x = x + gate("after_gate") * of_tiles("after_tiles")
-        x, _ = blocks(x, c.num_global_layers, "global_layers", branch_gate=0.0)
+        x, _ = blocks(x, c.num_global_layers, "global_layers", branch_gate=math.pi / 4)
         if c.taps:
             tapped = rearrange(states[jnp.asarray(c.taps)], "k n (t p) d -> n t p (d k)", t=c.tiles)
             x = jnp.concatenate([x, tapped], axis=-1)
