@@ -172,7 +172,7 @@ def _trips(
 ) -> float:
     """How often a loop runs at most whose condition compares a counter with a constant, as the TPU compiler leaves it.
 
-    The counter is taken to go up by 1, from 0 where its first value is no constant; a loop of another kind counts once.
+    The counter begins at 0 and goes up by 1 where no constants say otherwise; a loop of another kind counts once.
     """
     found = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
     condition = computations.get(found[1], {}) if found else {}
@@ -187,8 +187,21 @@ def _trips(
         first = table.get(loop.operands[0])
         inputs = first.operands if first is not None and first.opcode == "tuple" else ()
         start = _constant(table.get(inputs[place])) if place < len(inputs) else None
-        return float(max(end - (start or 0), 0))
+        return float(max(-(-(end - (start or 0)) // _stride(loop, place, computations)), 0))
     return 1.0
+
+
+def _stride(loop: Instruction, place: int, computations: dict[str, dict[str, Instruction]]) -> int:
+    """By how much the body adds to the counter: XLA writes some loops with two rounds in one."""
+    found = re.search(r"body=%?([\w.\-]+)", loop.attributes)
+    body = computations.get(found[1], {}) if found else {}
+    root = next(reversed(body.values()), None)
+    if root is None or root.opcode != "tuple" or place >= len(root.operands):
+        return 1
+    added = body.get(root.operands[place])
+    if added is None or added.opcode != "add":
+        return 1
+    return max(max((_constant(body.get(name)) or 0 for name in added.operands), default=1), 1)
 
 
 def _constant(one: Instruction | None) -> int | None:

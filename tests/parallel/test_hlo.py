@@ -73,11 +73,16 @@ CONDITION = """
 ENTRY"""
 
 
-@pytest.mark.parametrize("start, trips", [("%zero = s32[] constant(0)", 7), ("%zero = s32[] constant(2)", 5)])
-def test_a_loop_of_which_only_the_condition_tells(start, trips):
-    first = f"{start}\n  %init = (s32[], bf16[8,64], bf16[64,32]) tuple(%zero, %x, %w)\n  %loop"
-    text = TEXT.replace("ENTRY", CONDITION.lstrip(), 1).replace("%loop", first, 1)
+@pytest.mark.parametrize("start, stride, trips", [(0, 0, 7), (2, 0, 5), (0, 2, 4)])
+def test_a_loop_of_which_only_the_condition_tells(start: int, stride: int, trips: int):
+    first = (
+        f"%zero = s32[] constant({start})\n  %init = (s32[], bf16[8,64], bf16[64,32]) tuple(%zero, %x, %w)\n"
+    )
+    text = TEXT.replace("ENTRY", CONDITION.lstrip(), 1).replace("%loop", f"{first}  %loop", 1)
     text = text.replace('"known_trip_count":{"n":"3"},', "")
+    if stride:  # two rounds in one
+        more = f"%by = s32[] constant({stride})\n  %i = s32[] add(%old, %by)"
+        text = text.replace("  ROOT %out", f"  {more}\n  ROOT %out", 1)
     assert analyse(text).flops == 2 * 4 * 10 * 6 + trips * 2 * 8 * 32 * 64
 
 
