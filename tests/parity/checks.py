@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import mm_jax
 from mm_jax.checkpoint.hf import save_hf
@@ -68,11 +71,20 @@ def same_after_saving(model, lm, arrays: dict[str, np.ndarray], directory: Path,
 
 
 def same_gradients(
-    model, lm, arrays: dict[str, np.ndarray], directory: Path, tolerance: float = TOLERANCE
+    model,
+    lm,
+    arrays: dict[str, np.ndarray],
+    directory: Path,
+    tolerance: float = TOLERANCE,
+    released: Callable[[Path, Path], None] | None = None,
 ) -> float:
     """The gradient of the mean cross-entropy of every next token of text with respect to every parameter.
 
     Our gradients are saved as if they were a checkpoint, and transformers reads them under its own names.
+
+    Args:
+      released: for a model that was loaded from files in other names than transformers': from a directory of
+        transformers to one in those names. The reference's gradients are then saved and renamed as a checkpoint.
 
     Returns:
       The largest difference over the largest entry of the same tensor's gradient, or over a thousandth of the largest
@@ -97,10 +109,19 @@ def same_gradients(
 
     lm_batch = lm.batch(**arrays)
     found, gradients = jax.jit(jax.value_and_grad(loss))(lm.params)
-    assert abs(float(found) - float(expected)) <= tolerance
-    save_hf(directory, lm.checkpoint, gradients)
-    ours = type(model).from_pretrained(directory).state_dict()
-    theirs_ = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert abs(float(found) - float(expected.detach())) <= tolerance
+    save_hf(directory / "ours", lm.checkpoint, gradients)
+    if released is None:
+        ours = type(model).from_pretrained(directory / "ours").state_dict()
+        theirs_ = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    else:
+        copy = deepcopy(model)
+        for mine, yours in zip(copy.parameters(), model.parameters(), strict=True):
+            mine.data = torch.zeros_like(yours) if yours.grad is None else yours.grad
+        copy.save_pretrained(directory / "theirs")
+        released(directory / "theirs", directory / "released")
+        ours, theirs_ = (load_file(directory / d / "model.safetensors") for d in ("ours", "released"))
+        theirs_ = {name: gradient for name, gradient in theirs_.items() if name not in lm.checkpoint.unused}
     assert len(theirs_) > 0.5 * len(lm.checkpoint.system.weights)
     largest = max(float(g.abs().max()) for g in theirs_.values())
     errors = {

@@ -11,7 +11,13 @@ transformers = pytest.importorskip("transformers")
 
 import mm_jax  # noqa: E402
 from tests.parity import theirs  # noqa: E402
-from tests.parity.checks import compiled, same_after_saving, same_greedy, same_logits  # noqa: E402
+from tests.parity.checks import (  # noqa: E402
+    compiled,
+    same_after_saving,
+    same_gradients,
+    same_greedy,
+    same_logits,
+)
 
 IMAGE = 96
 QUERIES = 5
@@ -69,7 +75,7 @@ def prompts(case: str, pad_left: bool = False, images=((0,), (0, 4)), seed: int 
 
 @pytest.mark.parametrize("case", CASES)
 def test_matches_transformers(case, tmp_path):
-    """One picture and several, padding on either side; greedy answers; the way back."""
+    """One picture and several, padding on either side; greedy answers; gradients; the way back."""
     kind = f"{CASES[case][0]}ForConditionalGeneration"
     model = build(case, tmp_path / "in")
     lm = mm_jax.load(tmp_path / "in")
@@ -79,6 +85,7 @@ def test_matches_transformers(case, tmp_path):
     same_logits(model, lm, left)
     if case in ("blip-2", "instructblip"):
         same_greedy(model, lm, left)
+        same_gradients(model, lm, left, tmp_path / "gradients")
     same_after_saving(model, lm, right, tmp_path / "out", kind)
 
 

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 
 import mm_jax  # noqa: E402
 from tests.parity import theirs  # noqa: E402
-from tests.parity.checks import same_after_saving, same_greedy, same_logits  # noqa: E402
+from tests.parity.checks import same_after_saving, same_gradients, same_greedy, same_logits  # noqa: E402
+from tests.parity.record import note  # noqa: E402
 
 AUTO = "AutoModelForCausalLM"
 ROPE = {"rope_theta": 5000.0}
@@ -96,13 +97,18 @@ CASES = {
 # what touches positions, masks or the cache
 GREEDY = (
     "llama", "llama-dynamic", "llama-yarn-options", "mistral-window", "qwen2-window", "qwen3", "opt", "gemma2",
-    "gemma3_text",
+    "gemma3_text", "gemma", "internlm3",
+)  # fmt: skip
+# one of each family, the one with the most options
+GRADIENTS = (
+    "llama-tied-biases", "internlm3", "mistral-window", "qwen2-window", "qwen3-options", "opt-post-norm", "gemma",
+    "gemma2", "gemma3_text",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_matches_transformers(case, tmp_path):
-    """Logits with padding on either side, 16 greedy tokens, and the way back."""
+    """Logits with padding on either side, 16 greedy tokens, gradients, and the way back."""
     name, options = CASES[case]
     config = getattr(transformers, f"{name}Config")(**theirs.TEXT | options)
     model = theirs.build(config, tmp_path / "in")
@@ -112,6 +118,8 @@ def test_matches_transformers(case, tmp_path):
     same_logits(model, lm, left)
     same_logits(model, lm, right)
     same_after_saving(model, lm, right, tmp_path / "out", AUTO)
+    if case in GRADIENTS:
+        same_gradients(model, lm, left, tmp_path / "gradients")
     if case in GREEDY:
         lm.max_length = 64  # the dynamic case is about texts over the config's length
         same_greedy(model, lm, left)
@@ -127,18 +135,25 @@ def test_internlm2(kv_heads, bias, tmp_path):
         num_key_value_heads=kv_heads, attention_bias=bias, rope_parameters=rope, max_position_embeddings=12
     )
     model = theirs.build(transformers.LlamaConfig(**theirs.TEXT | options), tmp_path / "llama")
-    tensors = load_file(tmp_path / "llama" / "model.safetensors")
-    values = theirs.as_internlm2(model.config.to_dict(), tensors)
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "config.json").write_text(json.dumps(values))
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "in" / "model.safetensors")
+    as_internlm2(tmp_path / "llama", tmp_path / "in")
     lm = mm_jax.load(tmp_path / "in")
     assert lm.family == "internlm2"
     left = theirs.rows(97, pad_left=True)
     same_logits(model, lm, left)
     if kv_heads == 2:
+        same_gradients(model, lm, left, tmp_path / "gradients", released=as_internlm2)
         lm.max_length = 64
-        same_greedy(model, lm, left)
+        same_greedy(model, lm, left)  # the last: the reference keeps the base of the longest text
     mm_jax.save(lm, tmp_path / "out")
-    after = load_file(tmp_path / "out" / "model.safetensors")
-    assert after.keys() == tensors.keys() and all(np.array_equal(after[k], tensors[k]) for k in after)
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("in", "out"))
+    assert after.keys() == before.keys() and all(np.array_equal(after[k], before[k]) for k in after)
+    note(lm.family, "round trip", True)
+
+
+def as_internlm2(directory, to) -> None:
+    """The checkpoint of a Llama in the names of an InternLM2."""
+    tensors = load_file(directory / "model.safetensors")
+    values = theirs.as_internlm2(json.loads((directory / "config.json").read_text()), tensors)
+    to.mkdir()
+    (to / "config.json").write_text(json.dumps(values))
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, to / "model.safetensors")

@@ -11,7 +11,13 @@ transformers = pytest.importorskip("transformers")
 
 import mm_jax  # noqa: E402
 from tests.parity import theirs  # noqa: E402
-from tests.parity.checks import compiled, same_after_saving, same_greedy, same_logits  # noqa: E402
+from tests.parity.checks import (  # noqa: E402
+    compiled,
+    same_after_saving,
+    same_gradients,
+    same_greedy,
+    same_logits,
+)
 
 IMAGE = 96
 TEXT = theirs.TEXT | dict(head_dim=12, num_hidden_layers=4)
@@ -57,7 +63,7 @@ def prompts(
 
 @pytest.mark.parametrize("case", CASES)
 def test_matches_transformers(case, tmp_path):
-    """One picture and several, padding on either side, no picture; greedy answers; the way back."""
+    """One picture and several, padding on either side, no picture; greedy answers; gradients; the way back."""
     model = build(case, tmp_path / "in")
     lm = mm_jax.load(tmp_path / "in")
     assert lm.family == case.rstrip("2")
@@ -66,6 +72,7 @@ def test_matches_transformers(case, tmp_path):
     same_logits(model, lm, left)
     same_logits(model, lm, prompts(case, ((), ())))
     same_greedy(model, lm, left)
+    same_gradients(model, lm, right, tmp_path / "gradients")
     kind = type(model).__name__
     same_after_saving(model, lm, right, tmp_path / "out", kind)
 

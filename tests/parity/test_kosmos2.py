@@ -8,7 +8,7 @@ transformers = pytest.importorskip("transformers")
 
 import mm_jax  # noqa: E402
 from tests.parity import theirs  # noqa: E402
-from tests.parity.checks import same_after_saving, same_greedy, same_logits  # noqa: E402
+from tests.parity.checks import same_after_saving, same_gradients, same_greedy, same_logits  # noqa: E402
 
 IMAGE, QUERIES = 96, 5
 MASK = "image_embeds_position_mask"
@@ -47,7 +47,7 @@ def prompts(places=(((1, 1),), ((0, 1), (5, 1))), **options) -> dict[str, np.nda
 
 @pytest.mark.parametrize("case", CASES)
 def test_matches_transformers(case, tmp_path):
-    """One picture and several, padding on either side; greedy answers; the way back."""
+    """One picture and several, padding on either side; greedy answers; gradients; the way back."""
     model = build(case, tmp_path / "in")
     lm = mm_jax.load(tmp_path / "in")
     assert lm.family == "kosmos-2" and lm.config.image_tokens == QUERIES
@@ -55,6 +55,7 @@ def test_matches_transformers(case, tmp_path):
     same_logits(model, lm, right)
     same_logits(model, lm, left)
     same_greedy(model, lm, left)
+    same_gradients(model, lm, right, tmp_path / "gradients")
     same_after_saving(model, lm, right, tmp_path / "out", KIND)
 
 
