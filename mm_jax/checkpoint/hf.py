@@ -313,8 +313,8 @@ def _of_layer(sharding: Sharding) -> Sharding:
 
 
 def small_files(directory: Path) -> Iterator[Path]:
-    """Those that belong to a checkpoint besides weights and config.json: tokenizer, templates, settings."""
-    for path in directory.iterdir():
+    """Those that belong to a checkpoint besides weights and config.json: tokenizers, templates, settings."""
+    for path in (*directory.iterdir(), *directory.glob("*_tokenizer/*")):
         weights = path.name.startswith("model") or path.suffix not in (
             ".json",
             ".jinja",
@@ -324,6 +324,13 @@ def small_files(directory: Path) -> Iterator[Path]:
         )
         if path.is_file() and not weights and path.name != "config.json":
             yield path
+
+
+def copy_below(file: Path, old: Path, new: Path) -> None:
+    """Copies a file somewhere in the directory `old` to the same place in `new`."""
+    place = new / file.relative_to(old)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, place)
 
 
 def save_hf(
@@ -373,8 +380,8 @@ def save_hf(
         total = {"total_size": sum(e.size for e in entries)}
         (directory / INDEX).write_text(json.dumps({"metadata": total, "weight_map": index}, indent=2) + "\n")
     for file in checkpoint.files:
-        if file.is_file() and file.parent.resolve() != directory.resolve():
-            shutil.copyfile(file, directory / file.name)
+        if file.is_file() and checkpoint.directory.resolve() != directory.resolve():
+            copy_below(file, checkpoint.directory, directory)
     largest = max(flat.values(), key=lambda x: x.size)
     config = _with_dtype(checkpoint.values, largest.dtype.name)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

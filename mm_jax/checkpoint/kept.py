@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from mm_jax.checkpoint import safetensors
-from mm_jax.checkpoint.hf import HFCheckpoint, Opened, family_of, read_json, small_files, stop_ids
+from mm_jax.checkpoint.hf import HFCheckpoint, Opened, copy_below, family_of, read_json, small_files, stop_ids
 from mm_jax.checkpoint.safetensors import Entry
 from mm_jax.data.media_rule import Settings
 from mm_jax.errors import UserError
@@ -31,7 +30,10 @@ def keep(opened: Opened, directory: Path) -> None:
     compute with."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in small_files(opened.directory):
-        shutil.copyfile(file, directory / file.name)
+        copy_below(file, opened.directory, directory)
+    system = opened.system
+    if system.template_first and system.template:  # here the file comes first: a run may have one of its own
+        (directory / "chat_template.jinja").write_text(system.template, encoding="utf-8")
     shapes = {name: list(tensor.shape) for name, tensor in opened.tensors.items()}
     for name, values in (("config.json", opened.values), (TENSORS, shapes)):
         (directory / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ import numpy as np
 
 from mm_jax.checkpoint.assembly import Part
 from mm_jax.checkpoint.hf import HFCheckpoint, stop_ids
+from mm_jax.checkpoint.kept import is_kept
 from mm_jax.data.frame_rule import MEL, FrameAudio
 from mm_jax.data.joined_rule import BOXES, JoinedRule
 from mm_jax.data.media_rule import FixedImage, MediaRule, Settings
@@ -92,6 +93,7 @@ def processor_of(checkpoint: HFCheckpoint, model: MultimodalConfig) -> Pretraine
         pad_id=layout.pad_id,
         stop_ids=checkpoint.stop_ids,
         template=checkpoint.system.template,
+        template_first=checkpoint.system.template_first and not is_kept(checkpoint.directory),
         layout=layout,
     )
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from mm_jax.data.image import Transform
 from mm_jax.data.messages import Box, Part, Text
 
+CORNERS = ("x0", "y0", "x1", "y1")
+
 
 @dataclass(frozen=True)
 class BoxText:
@@ -16,9 +18,11 @@ class BoxText:
 
     Attributes:
       form: how a box is written; {0} to {3} are x0, y0, x1, y1.
-      pattern: regular expression that finds one; its groups are x0, y0, x1, y1.
+      pattern: regular expression that finds one; its groups are x0, y0, x1, y1, or have these names.
       scale: coordinates run from 0 to this over the picture; 0: they are pixels of the picture that the model sees.
       largest: the largest coordinate that is written, where the end of the scale is not; 0: the end is.
+      decimals: places behind the point that are written; None: whole numbers.
+      opening: regular expression that finds the beginning of a box at the end of a text.
       tags: what may stand around phrases and is no part of the text.
     """
 
@@ -26,13 +30,15 @@ class BoxText:
     pattern: str
     scale: int = 1000
     largest: int = 0
+    decimals: int | None = None
+    opening: str = ""
     tags: tuple[str, ...] = ()
 
     def write(self, box: Box, transform: Transform) -> str:
         """A box in original pixels as text."""
         width, height = self._sides(transform)
         places = zip(transform.forward(box.box), (width, height) * 2, strict=True)
-        rounded = [round(place * side) for place, side in places]
+        rounded = [round(place * side, self.decimals) for place, side in places]
         return self.form.format(*(min(place, self.largest or place) for place in rounded))
 
     def parse(self, text: str, transforms: Sequence[Transform]) -> list[Part]:
@@ -48,7 +54,9 @@ class BoxText:
         for found in re.finditer(self.pattern, text):
             if found.start() > end:
                 parts.append(Text(text[end : found.start()]))
-            x0, y0, x1, y1 = map(float, found.groups())
+            named = found.groupdict()
+            corners = [named[name] for name in CORNERS] if named else found.groups()
+            x0, y0, x1, y1 = map(float, corners)
             box = transforms[0].inverse((x0 / width, y0 / height, x1 / width, y1 / height))
             parts.append(Box(box, 0))
             end = found.end()

@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mm_jax.data.image import Transform
-from mm_jax.data.media_rule import FixedImage
+from mm_jax.data.media_rule import MEDIA, FixedImage, Item
 from mm_jax.data.messages import Box, Part, Text
 from mm_jax.errors import UserError
 
 BINS = 32
 DELIMITER = "</delimiter_of_multi_objects/>"
-END_OF_PICTURE = "</image>"
+BEGIN_OF_PICTURE, END_OF_PICTURE = "<image>", "</image>"
 _PAIR = r"<patch_index_(\d+)><patch_index_(\d+)>"
 _PAIRS = _PAIR.replace("(", "(?:")
 _OBJECT = re.compile(
@@ -135,6 +135,9 @@ def write_object(boxes: Sequence[Sequence[float]], bins: int = BINS) -> str:
 class GroundedImage(FixedImage):
     """Pictures of one size, of a system that grounds its text; an array says where their features go."""
 
+    pieces = "first"
+    kept = r"<[^<>]*>"
+    placeholders = {"image": BEGIN_OF_PICTURE}
     ignored = (*FixedImage.ignored, "image_embeds_position_mask")
 
     def marked(self, input_ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -146,6 +149,10 @@ class GroundedImage(FixedImage):
                 f"image_embeds_position_mask has shape {list(places.shape)}, input_ids {list(input_ids.shape)}"
             )
         return np.where(places, self.tokens["image"], input_ids)
+
+    def items(self, kind: str, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[Item]:
+        text = f"{BEGIN_OF_PICTURE}{MEDIA * self.num_tokens}{END_OF_PICTURE}"
+        return [replace(item, text=text) for item in super().items(kind, arrays, counts)]
 
     def write_box(self, box: Box, transform: Transform) -> str:
         return write_object([transform.forward(box.box)])

@@ -12,7 +12,9 @@ from mm_jax.data.media_rule import Arrays, Item, MediaRule
 from mm_jax.data.messages import Box, Part
 
 # thousandths of the picture that the model sees, in characters that every tokenizer has
-BOXES = BoxText("[{0}, {1}, {2}, {3}]", r"\[(\d+), ?(\d+), ?(\d+), ?(\d+)\]")
+BOXES = BoxText(
+    "[{0}, {1}, {2}, {3}]", r"\[(\d+), ?(\d+), ?(\d+), ?(\d+)\]", opening=r"\[(\d[\d, ]*)?$"
+)
 
 
 class JoinedRule(MediaRule):
@@ -25,6 +27,7 @@ class JoinedRule(MediaRule):
     """
 
     joined = "\n"
+    opening = BOXES.opening
 
     def __init__(self, rules: Mapping[str, MediaRule], placeholders: Mapping[str, str], axes: int = 0):
         super().__init__()

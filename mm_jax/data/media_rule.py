@@ -27,6 +27,7 @@ Arrays = dict[str, np.ndarray]
 # stands for the media token in `Item.text`, whatever the tokenizer calls it; a noncharacter, which no text may hold
 MOST = 256  # numbered arrays of pictures, of which each has its own size
 MEDIA = "\ufdd2"
+NOWHERE = -1  # in place of the media token, where the text around is tokenised in pieces
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Settings:
         audio = next(
             (v for k in ("feature_extractor", "audio_processor") if (v := processor.pop(k, None))), None
         )
-        if pre and ("feature_extractor_type" in pre or "feature_size" in pre):
+        # old files of pictures call their processors feature extractors too
+        if "feature_size" in pre or ("feature_extractor_type" in pre and "image_mean" not in pre):
             audio, pre = audio or pre, pre if "image_processor_type" in pre else {}
         video = parts["video_processor"] or _json(directory / "video_preprocessor_config.json") or None
         return cls(str(directory), parts["image_processor"] or pre or None, video, audio, processor)
@@ -115,8 +117,13 @@ class MediaRule:
     Attributes:
       tokens: the id of the token that stands for one feature, for each kind of media ("image", "audio", "video").
       names: for each kind the arrays that the reference's processor gives.
+      pieces: how the text around media becomes tokens. "": all at once, each feature as its token. "first" and "every",
+        for references that put features between embeddings: each piece of text alone, with what the tokenizer puts
+        around a text around the first piece, or around every piece in which there is something (the last where there is
+        nothing in any). Then the tokenizer need not know the token.
       taps: whether some items have taps.
-      around: the tokens that the tokenizer puts around a text go around one with media, unless its template has them.
+      kept: regular expression of special tokens that answers keep, for `parse` to read.
+      opening: regular expression that finds what may become a box at the end of an answer that is not complete.
       ignored: arrays of the reference's processor that hold nothing new.
       placeholders: what chat templates write for a picture, clip or video, where it is not the media token itself.
       joined: for chat templates that take texts alone: what stands between the parts of a message, of which media are
@@ -128,8 +135,10 @@ class MediaRule:
     ignored: tuple[str, ...] = ("token_type_ids", "mm_token_type_ids")
     placeholders: Mapping[str, str] = {}
     joined: str | None = None
+    pieces = ""
     taps = False
-    around = True
+    kept = ""
+    opening = ""
     sample_rate = 16_000  # Hz, of the clips that `audio` takes
 
     def __init__(self, settings: Settings | None = None):
@@ -186,6 +195,14 @@ class MediaRule:
         Most references have such a token already; see `BoundRule` for others.
         """
         return self, arrays
+
+    def told(self, text: str, items: Mapping[str, Sequence[Item]]) -> Mapping[str, Sequence[Item]]:
+        """The items of one conversation, for encoders that read its text too.
+
+        Args:
+          text: everything but media and the answers that are trained on.
+        """
+        return items
 
     def positions(self, tokens: np.ndarray, items: Mapping[str, Sequence[Item]]) -> np.ndarray:
         """int32 [T] or [T, axes]: the decoder's positions of one conversation of tokens [T] with these items."""

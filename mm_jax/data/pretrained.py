@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from mm_jax.data.chat_template import ChatTemplate, read_template, unmark
 from mm_jax.data.example import TAPS, Example
 from mm_jax.data.image import Transform
 from mm_jax.data.media import MAX_PIXELS, decode_audio, decode_image, decode_video
-from mm_jax.data.media_rule import MEDIA, Arrays, Item, MediaRule
+from mm_jax.data.media_rule import MEDIA, NOWHERE, Arrays, Item, MediaRule
 from mm_jax.data.messages import (
     Audio,
     BadSample,
@@ -56,9 +58,18 @@ class PretrainedProcessor:
         stop_ids: Sequence[int],
         layout: Layout | None = None,
     ):
+        self._fill = pad_id
+        if rule.pieces:
+            token = next(iter(rule.tokens.values()))
+            if tokenizer.backend.id_to_token(token) is not None:  # nothing reads it, but people
+                self._fill = token
+            rule = copy.copy(rule)
+            rule.tokens = dict.fromkeys(rule.tokens, NOWHERE)
         self.tokenizer, self.template, self.rule = tokenizer, template, rule
         self.pad_id, self.stop_ids, self.layout = pad_id, tuple(stop_ids), layout
-        self._tokens = {kind: self._token(token) for kind, token in rule.tokens.items()}
+        self._tokens = {
+            kind: MEDIA if rule.pieces else self._token(token) for kind, token in rule.tokens.items()
+        }
 
     def _token(self, token: int) -> str:
         found = self.tokenizer.backend.id_to_token(token)
@@ -75,17 +86,19 @@ class PretrainedProcessor:
         pad_id: int,
         stop_ids: Sequence[int],
         template: str | None = None,
+        template_first: bool = False,
         layout: Layout | None = None,
     ) -> PretrainedProcessor:
         """From the files of a directory.
 
         Args:
           template: of the family, where the directory has none.
+          template_first: it comes before that of the directory.
 
         Raises UserError: no tokenizer.json, or damaged files.
         """
         tokenizer = PretrainedTokenizer.load(directory)
-        source = read_template(directory) or template
+        source = (template if template_first else None) or read_template(directory) or template
         found = None if source is None else ChatTemplate(source, tokenizer.named)
         return cls(tokenizer, found, rule, pad_id=pad_id, stop_ids=stop_ids, layout=layout)
 
@@ -126,7 +139,9 @@ class PretrainedProcessor:
         known = isinstance(conversation, Conversation)
         messages = conversation.messages if known else conversation
         plain, items, transforms = self._read(messages)
-        stops = [self._token(token) for token in self.stop_ids]
+        stops = [
+            self.tokenizer.decode([token], special=True) or self._token(token) for token in self.stop_ids
+        ]
         text = self._template.marked(plain, stops, tools=tools, options=options)
         source, name = (conversation.source, conversation.id) if known else ("", "")
         return self._example(text, items, transforms, source=source, id=name)
@@ -182,9 +197,11 @@ class PretrainedProcessor:
             whole = isinstance(message["content"], str)
         if whole:
             return rest | {"content": "".join(part.text for part in parts)}
-        content = []
-        for part in parts:
-            if isinstance(part, Text):
+        content: list[dict[str, str]] = []
+        for k, part in enumerate(parts):
+            if isinstance(part, Text) and k and isinstance(parts[k - 1], Box):
+                content[-1]["text"] += part.text
+            elif isinstance(part, Text):
                 content.append({"type": "text", "text": part.text})
             elif isinstance(part, Box):
                 if part.image >= len(transforms):
@@ -192,12 +209,18 @@ class PretrainedProcessor:
                         f"a box in picture {part.image}, but there are {len(transforms)}", "bad_box"
                     )
                 text = self.rule.write_box(part, transforms[part.image])
-                content.append({"type": "text", "text": text})
+                if content and content[-1]["type"] == "text":  # a box is a word of the text around it
+                    content[-1]["text"] += text
+                else:
+                    content.append({"type": "text", "text": text})
             else:
                 kind = next(kind for kind, of in KINDS.items() if isinstance(part, of))
                 content.append({"type": kind, kind: kind})
         if self.rule.joined is not None:
-            texts = [part.get("text") or self.rule.placeholders[part["type"]] for part in content]
+            texts = [
+                part["text"] if part["type"] == "text" else self.rule.placeholders[part["type"]]
+                for part in content
+            ]
             return rest | {"content": self.rule.joined.join(texts)}
         return rest | {"content": content}
 
@@ -213,16 +236,55 @@ class PretrainedProcessor:
 
     def _example(self, text: str, items: Items, transforms: list[Transform], **names: str) -> Example:
         text, spans = unmark(self._expand(text, items))
-        # as the reference's processors do, and its tokenizers for text alone do not
-        begin = self.tokenizer.named.get("bos_token")
-        around = bool(self.rule.tokens) and self.rule.around and not (begin and text.startswith(begin))
-        ids, places = self.tokenizer.encode_places(text, around)
+        ids, places = self._encode(text)
         weights = np.zeros(len(ids), np.float32)
         for start, end in spans:
             weights += [a < end and b > start for a, b in places]
-        return assemble(
-            self.rule, np.array(ids, np.int32), items, weights=weights, transforms=transforms, **names
+        told = self.rule.told(self._without(text, spans), items)
+        example = assemble(
+            self.rule, np.array(ids, np.int32), told, weights=weights, transforms=transforms, **names
         )
+        if not self.rule.pieces:
+            return example
+        return dataclasses.replace(
+            example, tokens=np.where(example.tokens == NOWHERE, self._fill, example.tokens)
+        )
+
+    def _encode(self, text: str) -> tuple[Sequence[int], list[tuple[int, int]]]:
+        """Ids, and the (start, end) of each in the text."""
+        # what the reference's processors put around a text, unless the template has; its tokenizers for text alone put
+        # nothing there
+        begin = self.tokenizer.named.get("bos_token")
+        if not self.rule.pieces:
+            bare = re.sub(f"^({'|'.join(map(re.escape, self._tokens.values()))})+", "", text)
+            around = bool(self.rule.tokens) and not (begin and bare.startswith(begin))
+            return self.tokenizer.encode_places(text, around)
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        at, pieces = 0, re.split(f"({MEDIA}+)", text)
+        bare = self.rule.pieces == "every" and not any(pieces[::2])
+        for k, piece in enumerate(pieces):
+            if k % 2:
+                ids += [NOWHERE] * len(piece)
+                places += [(at + n, at + n + 1) for n in range(len(piece))]
+            elif piece or (k == 0 and self.rule.pieces == "first") or (bare and k == len(pieces) - 1):
+                around = (k == 0 or self.rule.pieces == "every") and not (begin and piece.startswith(begin))
+                found, where = self.tokenizer.encode_places(piece, around)
+                ids += found
+                places += [(at + a, at + b) if a < b else (0, 0) for a, b in where]
+            at += len(piece)
+        return ids, places
+
+    def _without(self, text: str, spans: Sequence[tuple[int, int]]) -> str:
+        """The text without media tokens and what is in the spans."""
+        kept, at = [], 0
+        for start, end in [*spans, (len(text), len(text))]:
+            kept.append(text[at:start])
+            at = end
+        found = "".join(kept)
+        for token in self._tokens.values():
+            found = found.replace(token, "")
+        return found
 
     def _expand(self, text: str, items: Items) -> str:
         """The text with media tokens for each placeholder."""
@@ -264,15 +326,24 @@ class PretrainedProcessor:
 
     def parts(self, ids: Sequence[int], transforms: Sequence[Transform] = ()) -> list[Part]:
         """Generated ids to text and, where the family writes boxes, boxes in pixels of the original pictures."""
-        return self.rule.parse(self.tokenizer.decode(ids), transforms)
+        return self.rule.parse(self._reader.decode(ids), transforms)
+
+    @cached_property
+    def _reader(self) -> PretrainedTokenizer:
+        """The tokenizer that writes answers as text."""
+        return self.tokenizer.keeping(self.rule.kept) if self.rule.kept else self.tokenizer
 
     def shown(self, ids: Sequence[int]) -> str:
         """Ids as text with all special tokens."""
         return self.tokenizer.decode(ids, special=True)
 
     def complete(self, ids: Sequence[int]) -> list[int]:
-        """The ids whose text can be shown already."""
-        return list(ids)
+        """The ids whose text can be shown already: a box that has begun waits for its end."""
+        ids = list(ids)
+        found = re.search(self.rule.opening, self._reader.decode(ids)) if self.rule.opening else None
+        while found and ids and len(self._reader.decode(ids)) > found.start():
+            ids.pop()
+        return ids
 
 
 def assemble(

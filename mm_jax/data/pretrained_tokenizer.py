@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,16 @@ class PretrainedTokenizer:
             raise UserError(f'the tokenizer has no token "{token}"')
         return found
 
+    def keeping(self, pattern: str) -> PretrainedTokenizer:
+        """One that leaves special tokens which match the regular expression in the texts that it decodes."""
+        known = self.backend.get_added_tokens_decoder().values()
+        if not any(token.special and re.fullmatch(pattern, token.content) for token in known):
+            return self
+        state = json.loads(self.backend.to_str())
+        for token in state["added_tokens"]:
+            token["special"] = token["special"] and not re.fullmatch(pattern, token["content"])
+        return PretrainedTokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)), self.config)
+
     @classmethod
     def load(cls, directory: str | Path) -> PretrainedTokenizer:
         """Raises UserError for a missing or damaged file."""
@@ -131,6 +142,20 @@ class PretrainedTokenizer:
 
     def __setstate__(self, state: tuple[str, dict[str, Any]]) -> None:
         self.__init__(tokenizers.Tokenizer.from_str(state[0]), state[1])
+
+
+def token_id(directory: str | Path, token: str) -> int | None:
+    """The id of an added token in a directory's files, None where it is in none of them."""
+    directory = Path(directory)
+    found = _read(directory / "added_tokens.json").get(token)
+    listed = _read(directory / "tokenizer_config.json").get("added_tokens_decoder", {})
+    ids = [int(k) for k, value in listed.items() if _content(value) == token]
+    ids += [
+        value["id"]
+        for value in _read(directory / "tokenizer.json").get("added_tokens", ())
+        if value["content"] == token
+    ]
+    return found if found is not None else next(iter(ids), None)
 
 
 def _content(value: str | Mapping[str, Any]) -> str:

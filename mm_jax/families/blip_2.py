@@ -14,6 +14,7 @@ from mm_jax.families.clip import Output, common
 from mm_jax.families.family import LINEAR, Family, Part, System, Weight
 from mm_jax.families.fields import Fields
 from mm_jax.families.parts import read_text
+from mm_jax.families.template import PICTURES_FIRST, TEXT
 from mm_jax.models import MultimodalConfig, ProjectorConfig, ViTConfig
 
 DEFAULTS = {
@@ -64,9 +65,31 @@ UNUSED = (
 
 
 class QueriesFirst(FixedImage):
-    """Pictures stand before the token that begins a text, so that templates write it themselves."""
+    """Pictures stand before the token that begins a text, which is tokenised without them."""
 
-    around = False
+    pieces = "every"
+    placeholders = {"image": "<image>"}
+
+
+# as in LAVIS, the authors' code: questions and answers, or a picture alone, which is to be described
+TEMPLATE = (
+    PICTURES_FIRST
+    + "{% set seen = namespace(space='') %}{% for message in messages %}"
+    + TEXT
+    + "{% if text and message['role'] == 'user' %}{{ seen.space + 'Question: ' + text + ' Answer:' }}"
+    "{% elif text and message['role'] == 'assistant' %}"
+    "{{ seen.space }}{% generation %}{{ text + ('\n' if loop.last else '.') }}{% endgeneration %}"
+    "{% elif text %}{{ seen.space + text }}{% endif %}{% if text %}{% set seen.space = ' ' %}{% endif %}{% endfor %}"
+)
+# instructions as they are; only the last answer has an end, for the Q-Former's vocabulary does not know it
+INSTRUCTED_TEMPLATE = (
+    PICTURES_FIRST
+    + "{% for message in messages %}"
+    + TEXT
+    + "{% if message['role'] == 'assistant' %}{{ ' ' }}"
+    "{% generation %}{{ text + (eos_token if loop.last else '') }}{% endgeneration %}"
+    "{% else %}{{ text if loop.first else '\n' + text }}{% endif %}{% endfor %}"
+)
 
 
 def tower(values: Mapping[str, Any], output: Output, where: str) -> ViTConfig:
@@ -217,8 +240,9 @@ def system(values: Mapping[str, Any], names: frozenset[str], instructed: bool) -
     }
     if instructed:
         described = {"vocab": projector.text_vocab, "longest": projector.text_length}
-        return System(config, table, text, rule=partial(InstructedImage, **described, **fixed))
-    return System(config, table, text, unused, rule=partial(QueriesFirst, **fixed))
+        rule = partial(InstructedImage, **described, **fixed)
+        return System(config, table, text, rule=rule, template=INSTRUCTED_TEMPLATE)
+    return System(config, table, text, unused, rule=partial(QueriesFirst, **fixed), template=TEMPLATE)
 
 
 def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:

@@ -35,6 +35,19 @@ IMAGE_PROCESSOR = {
     "min_size": 14,
     "do_pad": True,
 }
+# of VLChatProcessor, the authors' code
+TEMPLATE = (
+    "{% set seen = namespace(system='You are a helpful language and vision assistant. You are able to understand the "
+    "visual content that the user provides, and assist the user with a variety of tasks using natural language.') %}"
+    "{% macro text(content) %}{% for part in content %}"
+    "{{ '<image_placeholder>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endmacro %}"
+    "{% for message in messages if message['role'] == 'system' %}{% set seen.system = text(message['content']) %}"
+    "{% endfor %}{% if seen.system %}{{ seen.system + '\n\n' }}{% endif %}"
+    "{% for message in messages if message['role'] != 'system' %}{% if message['role'] == 'assistant' %}"
+    "{{ 'Assistant: ' }}{% generation %}{{ text(message['content']) + eos_token }}{% endgeneration %}"
+    "{% else %}{{ 'User: ' + text(message['content']) + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
 RENAMES = ((r"^model\.vision_model\.vision_model\.", "model.vision_model."),)
 
 
@@ -73,7 +86,9 @@ def _system(values: Mapping[str, Any], names: Names) -> System:
         sizes=vision.inputs,
         num_tokens=config.image_tokens,
     )
-    return System(config, tuple(table), text, unused("model.vision_model."), token, rule=rule)
+    return System(
+        config, tuple(table), text, unused("model.vision_model."), token, rule=rule, template=TEMPLATE
+    )
 
 
 class SquareRule(MediaRule):

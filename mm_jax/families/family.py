@@ -171,6 +171,7 @@ class System:
         one size, pictures.
       template: chat template, for a checkpoint that has none.
       stops: tokens that end an answer besides those that generation_config.json names.
+      template_first: the reference's own code writes messages so, whatever template the files of the tokenizer have.
       takes: of a tower, the names of the arrays that the reference's takes; the first is needed.
       inputs: of a tower, (config, those arrays) -> the arguments of our module by name; None for pictures of one size.
     """
@@ -183,6 +184,7 @@ class System:
     rule: Callable[[Settings], MediaRule] | None = None
     template: str | None = None
     stops: tuple[int, ...] = ()
+    template_first: bool = False
     takes: tuple[str, ...] = ("pixel_values",)
     inputs: Callable[[Any, Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from mm_jax.data.media_rule import FixedImage
+from mm_jax.data.crop_rule import CropRule
 from mm_jax.data.pixels import BILINEAR, HALF
 from mm_jax.families.clip import Output, unused
 from mm_jax.families.clip import weights as tower_weights
@@ -39,6 +39,16 @@ TOWER = {
     "image_size": 896,
     "patch_size": 14,
 }
+# of the instructed checkpoints
+TEMPLATE = (
+    "{{ bos_token }}{% set seen = namespace(system='') %}{% for message in messages %}"
+    "{% set text %}{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endset %}"
+    "{% if message['role'] == 'system' %}{% set seen.system = text + '\n\n' %}{% else %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' + seen.system }}"
+    "{{ text + '<end_of_turn>\n' }}{% set seen.system = '' %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
 
 
 def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
@@ -73,13 +83,13 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     )
     config = MultimodalConfig(vision, None, image_projector=projector, decoder=found.decoder, two_way="media")
     rule = partial(
-        FixedImage,
+        CropRule,
         token_id=token,
         size=(vision.height, vision.width),
         num_tokens=config.image_tokens,
         defaults=IMAGE_PROCESSOR,
     )
-    return System(config, table, found, unused("vision_tower."), rule=rule)
+    return System(config, table, found, unused("vision_tower."), rule=rule, template=TEMPLATE)
 
 
 FAMILY = Family("gemma3", ("text", "image"), _system, RENAMES)

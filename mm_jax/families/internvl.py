@@ -6,6 +6,7 @@ the same numbers under other names, with query, key and value of the tower in on
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from mm_jax.data.media_rule import MEDIA, Arrays, FixedImage, Item, MediaRule, S
 from mm_jax.data.messages import Box, Part, Text
 from mm_jax.data.pieces import tiles
 from mm_jax.data.pixels import BICUBIC, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, resize
+from mm_jax.data.pretrained_tokenizer import token_id as named_token
 from mm_jax.errors import UserError
 from mm_jax.families import intern_vit
 from mm_jax.families.clip import Output
@@ -43,6 +45,7 @@ RENAMES = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
 )
+CONTEXT = "<IMG_CONTEXT>"
 HEADS = ("language_model.lm_head.weight", "language_model.output.weight")
 BOXES = r"(?:<box>)(\[(?:\[ *\d+ *(?:, *\d+ *){3}\],? *)+\])(?:</box>)"
 # of GotOcr2ImageProcessor, and of the released files' own code
@@ -105,6 +108,19 @@ ORIGINAL_DEFAULTS = {
     "max_dynamic_patch": 6,
     "pad_token_id": None,
     "eos_token_id": None,
+    "template": None,
+    "system_message": None,
+}
+NEWER = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+OLDER = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_start|>system\n")
+# by the name in config.json: headers of the user's, assistant's and system's turn, the end of each, and the system's
+# text where there is no other
+TEMPLATES = {
+    "internvl2_5": (*CHATML, "<|im_end|>\n", NEWER),
+    "internlm2-chat": (*CHATML, "<|im_end|>", OLDER),
+    "Hermes-2": (*CHATML, "<|im_end|>", OLDER),
+    "phi3-chat": ("<|user|>\n", "<|assistant|>\n", "<|system|>\n", "<|end|>", OLDER),
 }
 DECODERS = {
     "InternLM2ForCausalLM": "internlm2",
@@ -120,7 +136,8 @@ def _original_system(values: Mapping[str, Any], names: frozenset[str]) -> System
     # what the prompt is made by, and the decoder's width, which its own config has
     dynamic, view = fields("dynamic_image_size"), fields("use_thumbnail")
     least, most = fields("min_dynamic_patch"), fields("max_dynamic_patch")
-    fields.skip("template", "system_message", "image_fold", "hidden_size")
+    fields.skip("image_fold", "hidden_size")
+    template = _template(fields("template"), fields("system_message"))
     for name in ("use_backbone_lora", "use_llm_lora"):
         if fields(name):
             raise fields.unsupported(name, "merge the adapter into the weights")
@@ -161,19 +178,35 @@ def _original_system(values: Mapping[str, Any], names: frozenset[str]) -> System
     text = replace(
         text, pad_id=text.pad_id if pad is None else pad, stop_ids=token_ids(stops) or text.stop_ids
     )
-    rule = None
-    if token is not None:
-        rule = partial(
-            TileRule,
-            token_id=token,
-            size=(vision.height, vision.width),
-            num_tokens=config.image_tokens,
-            defaults=IMAGE_PROCESSOR | {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
-            least=least,
-            most=most if dynamic else 1,
-            view=view,
-        )
-    return System(config, table, text, intern_vit.unused("vision_model."), token, rule=rule)
+    rule = partial(
+        ReleasedTiles,
+        token_id=token,
+        size=(vision.height, vision.width),
+        num_tokens=config.image_tokens,
+        defaults=IMAGE_PROCESSOR | {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
+        least=least,
+        most=most if dynamic else 1,
+        view=view,
+    )
+    unused = intern_vit.unused("vision_model.")
+    return System(config, table, text, unused, token, rule=rule, template=template, template_first=True)
+
+
+def _template(name: str | None, system: str | None) -> str | None:
+    """The chat template that the reference's conversation.py has under this name; None for one that it has not."""
+    if name not in TEMPLATES:
+        return None
+    user, assistant, head, end, default = TEMPLATES[name]
+    return (
+        f"{{% set seen = namespace(system={json.dumps(system or default)}) %}}"
+        "{% for message in messages if message['role'] == 'system' %}{% set seen.system = message['content'] %}"
+        f"{{% endfor %}}{{{{ {json.dumps(head)} + seen.system + {json.dumps(end)} }}}}"
+        "{% for message in messages if message['role'] != 'system' %}{% if message['role'] == 'assistant' %}"
+        f"{{{{ {json.dumps(assistant)} }}}}{{% generation %}}{{{{ message['content'] + {json.dumps(end.strip())} }}}}"
+        f"{{% endgeneration %}}{{{{ {json.dumps(end[len(end.strip()) :])} }}}}"
+        f"{{% else %}}{{{{ {json.dumps(user)} + message['content'] + {json.dumps(end)} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(assistant)} }}}}{{% endif %}}"
+    )
 
 
 class TileRule(FixedImage):
@@ -184,6 +217,8 @@ class TileRule(FixedImage):
     """
 
     names = {"image": ("pixel_values", "num_patches")}
+    kept = r"</?box>"
+    opening = r"<box>[^<]*$"
 
     def __init__(
         self, settings: Settings, *, least: int = 1, most: int = 12, view: bool = True, **options: Any
@@ -234,6 +269,19 @@ class TileRule(FixedImage):
                 values = [float(value) / 1000 for value in corners.split(",")]
                 found.append(Box(transforms[0].inverse(tuple(values))))
         return found
+
+
+class ReleasedTiles(TileRule):
+    """Those of the released files, whose config does not say which token stands for a feature."""
+
+    joined = "\n"
+    placeholders = {"image": "<image>"}
+
+    def __init__(self, settings: Settings, *, token_id: int | None, **options: Any):
+        found = token_id if token_id is not None else named_token(settings.where, CONTEXT)
+        super().__init__(settings, token_id=-1 if found is None else found, **options)
+        if found is None:  # no tokenizer: texts alone
+            self.tokens = {}
 
 
 def _output(fields: Fields, name: str) -> Output:

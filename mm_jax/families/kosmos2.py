@@ -37,6 +37,14 @@ TEXT = {
     "pad_token_id": 1,
     "eos_token_id": 2,
 }
+# the text as it is: whoever wants boxes begins it with <grounding>
+TEMPLATE = (
+    "{{ bos_token }}{% set seen = namespace(space='') %}{% for message in messages %}"
+    "{% for part in message['content'] %}{{ seen.space }}{% set seen.space = ' ' %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ part['text'] }}{{ eos_token if loop.last }}{% endgeneration %}"
+    "{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endfor %}"
+)
 
 
 def tower(values: Mapping[str, Any], where: str) -> ViTConfig:
@@ -129,7 +137,7 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
         num_tokens=config.image_tokens,
         defaults=IMAGE_PROCESSOR,
     )
-    return System(config, table, found, rule=rule)
+    return System(config, table, found, rule=rule, template=TEMPLATE)
 
 
 FAMILY = Family("kosmos-2", ("text", "image"), _system)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from mm_jax.data.box_text import BoxText
+from mm_jax.data.image import Transform
 from mm_jax.data.media_rule import FixedImage
+from mm_jax.data.messages import Box, Part
 from mm_jax.data.pixels import BICUBIC, CLIP_MEAN, CLIP_STD
 from mm_jax.families.clip import Output, unused
 from mm_jax.families.clip import weights as tower_weights
@@ -50,6 +53,15 @@ RENAMES = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"^vision_tower\.vision_model\.", "vision_tower."),
+)
+PLACE = r"([01]?\.\d+)"
+# of the picture with its padding to a square, whatever the image processor makes of it
+BOXES = BoxText(
+    "[{0:.2f}, {1:.2f}, {2:.2f}, {3:.2f}]",
+    r"\[" + ", ?".join([PLACE] * 4) + r"\]",
+    scale=1,
+    decimals=2,
+    opening=r"\[[\d., ]*$",
 )
 
 
@@ -98,13 +110,29 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
     token = fields("image_token_index")
     system = read(fields, names, TOWER)
     rule = partial(
-        FixedImage,
+        SquareBoxes,
         token_id=token,
         size=(system.config.vision.height, system.config.vision.width),
         num_tokens=system.config.image_tokens,
         defaults=IMAGE_PROCESSOR,
     )
     return replace(system, rule=rule)
+
+
+class SquareBoxes(FixedImage):
+    """Boxes as four numbers from 0 to 1 of the picture with its padding to a square."""
+
+    opening = BOXES.opening
+
+    def transform(self, size: tuple[int, int]) -> Transform:
+        side = max(size)
+        return Transform(size, (1.0, 1.0), ((side - size[0]) // 2, (side - size[1]) // 2), (side, side))
+
+    def write_box(self, box: Box, transform: Transform) -> str:
+        return BOXES.write(box, transform)
+
+    def parse(self, text: str, transforms: Sequence[Transform]) -> list[Part]:
+        return BOXES.parse(text, transforms)
 
 
 def _projector_weights(bias: bool) -> list[Weight]:

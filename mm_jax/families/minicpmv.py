@@ -35,6 +35,14 @@ SLICES = {"max_slice_nums": 9, "scale_resolution": 448, "patch_size": 14}
 TOWER = {**siglip.DEFAULTS, "patch_size": 14}
 UNKNOWN = 128_244  # <unk> in the released vocabulary, the place of a feature
 HEAD_DIM = 128  # of the resampler
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{% endif %}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 RENAMES = ((r"^vpm\.vision_model\.", "vpm."),)
 
 
@@ -69,7 +77,7 @@ def _system(values: Mapping[str, Any], names: Names) -> System:
     )
     config = MultimodalConfig(vision, None, image_projector=projector, decoder=text.decoder)
     rule = partial(SliceRule, vision=vision, queries=projector.num_queries, side=pixels, most=most, ids=ids)
-    return System(config, table, text, clip.unused("vpm."), rule=rule)
+    return System(config, table, text, clip.unused("vpm."), rule=rule, template=TEMPLATE)
 
 
 def _tower(values: Mapping[str, Any], drop_last: bool, pixels: int) -> NativeViTConfig:
@@ -190,6 +198,7 @@ class SliceRule(BoundRule):
     names = {"image": ("pixel_values", "tgt_sizes", "slice_grids")}
     placeholders = {"image": "(<image>./</image>)"}
     joined = "\n"
+    pieces = "first"
     rows = "slice_row"
 
     def __init__(

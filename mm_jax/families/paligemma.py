@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from mm_jax.data.box_text import BoxText
+from mm_jax.data.image import Transform
 from mm_jax.data.media_rule import FixedImage
+from mm_jax.data.messages import Box, Part
 from mm_jax.data.pixels import BICUBIC, HALF
 from mm_jax.families.clip import Output, unused
 from mm_jax.families.clip import weights as tower_weights
@@ -15,6 +18,8 @@ from mm_jax.families.fields import Fields
 from mm_jax.families.llava import RENAMES
 from mm_jax.families.parts import read_text
 from mm_jax.families.siglip import tower
+from mm_jax.families.template import PICTURES_FIRST
+from mm_jax.families.template import TEXT as MESSAGE
 from mm_jax.models import MultimodalConfig, ProjectorConfig
 
 # of SiglipImageProcessor
@@ -50,6 +55,38 @@ TEXT = {
 # in the parts' configs: what follows from the picture's size and from the two-way prefix, and the activation of a
 # projector that has none
 IMPLIED = ("num_image_tokens", "use_bidirectional_attention", "projector_hidden_act")
+# pictures, the token that begins a text, the question, a line break. The reference knows one question and its answer;
+# what was said before stands in the prefix in the same way.
+TEMPLATE = (
+    PICTURES_FIRST
+    + "{{ bos_token }}{% for message in messages %}"
+    + MESSAGE
+    + "{% if message['role'] == 'assistant' %}{% generation %}{{ text + eos_token }}{% endgeneration %}"
+    "{% else %}{{ text + '\n' }}{% endif %}{% endfor %}"
+)
+
+
+LOCATION = r"<loc(?P<{}>\d{{4}})>"
+BOXES = BoxText(
+    "<loc{1:04d}><loc{0:04d}><loc{3:04d}><loc{2:04d}>",
+    "".join(LOCATION.format(name) for name in ("y0", "x0", "y1", "x1")),
+    scale=1024,
+    largest=1023,
+    opening=r"(?<!>)((<loc\d{4}>){4})*(<loc\d{4}>){1,3}$",
+)
+
+
+class LocatedImage(FixedImage):
+    """Pictures of one size; boxes are tokens for their top, left, bottom and right in 1024ths of the picture."""
+
+    kept = r"<loc\d{4}>"
+    opening = BOXES.opening
+
+    def write_box(self, box: Box, transform: Transform) -> str:
+        return BOXES.write(box, transform)
+
+    def parse(self, text: str, transforms: Sequence[Transform]) -> list[Part]:
+        return BOXES.parse(text, transforms)
 
 
 def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
@@ -80,13 +117,13 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
         two_way="prefix",
     )
     rule = partial(
-        FixedImage,
+        LocatedImage,
         token_id=token,
         size=(vision.height, vision.width),
         num_tokens=config.image_tokens,
         defaults=IMAGE_PROCESSOR,
     )
-    return System(config, table, text, unused("vision_tower."), rule=rule)
+    return System(config, table, text, unused("vision_tower."), rule=rule, template=TEMPLATE)
 
 
 FAMILY = Family("paligemma", ("text", "image"), _system, RENAMES)

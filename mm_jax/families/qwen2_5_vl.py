@@ -36,6 +36,7 @@ VISION = {name: value for name, value in QWEN2_VL.items() if name not in ("embed
 JSON = {
     "form": '"bbox_2d": [{0}, {1}, {2}, {3}]',
     "pattern": r'"bbox_2d":\s*\[\s*(\d+),\s*(\d+),\s*(\d+),\s*(\d+)\s*\]',
+    "opening": r'"bbox_2d[^\]]*$',
 }
 BOXES = BoxText(**JSON, scale=0)  # in pixels of the resized picture
 

@@ -67,6 +67,7 @@ VIDEO_PROCESSOR = IMAGE_PROCESSOR | {
 BOXES = BoxText(
     "<|box_start|>({0},{1}),({2},{3})<|box_end|>",
     r"(?:<\|box_start\|>)?\((\d+),(\d+)\),\((\d+),(\d+)\)(?:<\|box_end\|>)?",
+    opening=r"\(\d*,?\d*\)?,?(\(\d*,?\d*)?$",
 )
 RENAMES = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))
 WHERE = "config.json: vision_config"

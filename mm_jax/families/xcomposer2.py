@@ -43,9 +43,29 @@ CLIP_LARGE = {
 DEFAULTS = {"plora_r": 256, "plora_alpha": 256, "img_size": None, "vision_config": {}}
 TOWER = "vit.vision_tower.vision_model."
 TABLE = f"{TOWER}embeddings.position_embedding.weight"
+END_OF_TURN = 92_542  # [UNUSED_TOKEN_145]
 NEWEST = 560  # pixels of a tile of 2.5
 NEW_LINE, END_OF_OVERVIEW = 0, 1  # the markers
 SEPARATORS = {"plora_sub_GN": "1 1 1 d -> d", "plora_glb_GN": "1 1 d -> d"}
+# of `chat` in the reference's code
+SYSTEM = (
+    "You are an AI assistant whose name is InternLM-XComposer (浦语·灵笔).\\n"
+    "- InternLM-XComposer (浦语·灵笔) is a multi-modality conversational language model that is developed by "
+    "Shanghai AI Laboratory (上海人工智能实验室). It is designed to be helpful, honest, and harmless.\\n"
+    "- InternLM-XComposer (浦语·灵笔) can understand and communicate fluently in the language chosen by the user such "
+    "as English and 中文.\\n"
+    "- InternLM-XComposer (浦语·灵笔) is capable of comprehending and articulating responses effectively based on the "
+    "provided image."
+)
+TEMPLATE = (
+    "{{% if messages[0]['role'] != 'system' and '{system}' %}}"
+    "{{{{ '[UNUSED_TOKEN_146]system\n{system}[UNUSED_TOKEN_145]\n' }}}}{{% endif %}}"
+    "{{% for message in messages %}}{{{{ '[UNUSED_TOKEN_146]' + message['role'] + '\n' }}}}"
+    "{{% if message['role'] == 'assistant' %}}"
+    "{{% generation %}}{{{{ message['content'] + '[UNUSED_TOKEN_145]' }}}}{{% endgeneration %}}{{{{ '\n' }}}}"
+    "{{% else %}}{{{{ message['content'] + '[UNUSED_TOKEN_145]\n' }}}}{{% endif %}}{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ '[UNUSED_TOKEN_146]assistant\n' }}}}{{% endif %}}"
+)
 
 
 def _system(values: Mapping[str, Any], names: Names) -> System:
@@ -88,7 +108,18 @@ def _system(values: Mapping[str, Any], names: Names) -> System:
     if tiled:
         table += [Weight(name, f"marker{k}", axes) for k, (name, axes) in enumerate(SEPARATORS.items())]
     rule = partial(CanvasRule, tile=vision.height, num_tokens=config.image_tokens, tiled=tiled)
-    return System(config, tuple(table), text, unused(TOWER), rule=rule)
+    newest = tiled and vision.height == NEWEST  # 2.5 says who it is only where it is asked to
+    template = TEMPLATE.format(system="" if newest else SYSTEM)
+    return System(
+        config,
+        tuple(table),
+        text,
+        unused(TOWER),
+        rule=rule,
+        template=template,
+        template_first=True,
+        stops=(END_OF_TURN,) if decoder.vocab_size > END_OF_TURN else (),
+    )
 
 
 def _decoder_weights(config: DecoderConfig, model: str, head: str) -> tuple[Weight, ...]:
@@ -143,11 +174,13 @@ class CanvasRule(BoundRule):
 
     names = {"image": tuple(f"pixel_values_{k}" for k in range(MOST))}
     placeholders = {"image": "<ImageHere>"}
+    joined = ""
 
     def __init__(self, settings: Settings, *, tile: int, num_tokens: int, tiled: bool):
         super().__init__(settings)
         self.tile, self.num_tokens, self.tiled = tile, num_tokens, tiled
         self.tokens = {"image": 0}  # <unk>, which no text is written with
+        self.pieces = "first" if tiled else "every"
         self.pixels = PixelRule(None, mean=CLIP_MEAN, std=CLIP_STD)
 
     def images(self, images: Sequence[np.ndarray], most: int | None = None) -> Arrays:
