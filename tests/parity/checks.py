@@ -70,6 +70,24 @@ def same_after_saving(model, lm, arrays: dict[str, np.ndarray], directory: Path,
     note(lm.family, "round trip", True)
 
 
+def same_features(tower, ours: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    """Of an encoder alone; they have about unit scale."""
+    assert ours.shape == expected.shape and 0.1 < expected.std() < 10
+    error = float(np.abs(ours - expected).max())
+    assert error <= tolerance, error
+    note(tower.family, "logits", error)
+
+
+def came_back(tower, model, directory: Path) -> None:
+    """What we save of an encoder is what transformers loads, tensor by tensor."""
+    mm_jax.save(tower, directory)
+    loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    for key, value in model.state_dict().items():
+        assert value.equal(loaded.state_dict()[key]), key
+    note(tower.family, "round trip", True)
+
+
 def same_gradients(
     model,
     lm,

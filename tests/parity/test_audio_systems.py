@@ -10,6 +10,7 @@ import mm_jax  # noqa: E402
 from mm_jax.data.messages import Audio, Message, Text  # noqa: E402
 from tests.parity import hosts, theirs  # noqa: E402
 from tests.parity.checks import same_after_saving, same_gradients, same_greedy, same_logits  # noqa: E402
+from tests.parity.record import note  # noqa: E402
 
 RATE = 16_000
 MELS, FRAMES = 10, 100  # a window of one second
@@ -130,6 +131,7 @@ def test_features_of_waveforms(case, tmp_path):
     assert ours["input_features"].shape == expected.shape
     error = np.abs(ours["input_features"] - expected)
     assert error.max() <= 5e-4 and error.mean() <= 1e-6, (error.max(), error.mean())
+    note(lm.family, "preprocessing", float(error.max()))
 
 
 def test_messages(tmp_path):

@@ -12,7 +12,15 @@ import mm_jax  # noqa: E402
 from mm_jax.data.media_rule import Settings  # noqa: E402
 from mm_jax.families.deepseek_vl import PairRule, SquareRule  # noqa: E402
 from tests.parity import hosts, theirs  # noqa: E402
-from tests.parity.checks import same_after_saving, same_gradients, same_greedy, same_logits  # noqa: E402
+from tests.parity.checks import (  # noqa: E402
+    came_back,
+    same_after_saving,
+    same_features,
+    same_gradients,
+    same_greedy,
+    same_logits,
+)
+from tests.parity.record import note  # noqa: E402
 
 IMAGE = 96
 LOW = theirs.VISION | dict(image_size=24, patch_size=8, num_hidden_layers=2)
@@ -72,9 +80,14 @@ def test_pictures():
     """Both encoders' pictures of odd sizes, to the bit."""
     images = [picture for picture in hosts.pictures().values() if picture.mode == "RGB"]
     sizes = {"pixel_values": (24, 24), "high_res_pixel_values": (40, 40)}
-    for kind, rule, settings in (
-        ("DeepseekVLImageProcessorPil", SquareRule, {}),
-        ("DeepseekVLHybridImageProcessorPil", PairRule, dict(high_res_size={"height": 40, "width": 40})),
+    for family, kind, rule, settings in (
+        ("deepseek_vl", "DeepseekVLImageProcessorPil", SquareRule, {}),
+        (
+            "deepseek_vl_hybrid",
+            "DeepseekVLHybridImageProcessorPil",
+            PairRule,
+            dict(high_res_size={"height": 40, "width": 40}),
+        ),
     ):
         settings |= dict(size={"height": 24, "width": 24}, min_size=3, image_mean=[0.5, 0.4, 0.3])
         processor = getattr(transformers, kind)(**settings)
@@ -83,6 +96,7 @@ def test_pictures():
         )
         for name, array in made.items():
             assert np.array_equal(array, processor(images=images, return_tensors="np")[name]), (kind, name)
+        note(family, "preprocessing", True)
 
 
 SAM = {
@@ -101,9 +115,5 @@ def test_the_encoder_of_sam(case, tmp_path):
         expected = model(torch.from_numpy(pixels)).last_hidden_state.numpy()
     tower = mm_jax.load(tmp_path / "in")
     ours = np.asarray(jax.jit(tower.apply)(tower.params, tower.batch(pixel_values=pixels)))
-    assert 0.1 < expected.std() < 10
-    assert np.abs(ours - rearrange(expected, "n c h w -> n (h w) c")).max() <= 2e-5
-    mm_jax.save(tower, tmp_path / "out")
-    loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    assert all(value.equal(loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    same_features(tower, ours, rearrange(expected, "n c h w -> n (h w) c"), 2e-5)
+    came_back(tower, model, tmp_path / "out")
