@@ -14,7 +14,7 @@ To add one, write a file with a `FAMILY` (see `mm_jax.families.family`):
    around them. Every way to call the model follows: `lm.batch(messages=...)`, `lm.preprocess`, `lm.chat`, and
    `lm.batch` of the reference's arrays. `FixedImage` serves systems whose pictures take the same tokens each,
    `NativeRule` patches with grids and M-RoPE. A system whose checkpoints have no chat template gives one in
-   `System.template`.
+   `System.template`; `write_box` and `parse` are how it writes boxes (`mm_jax.data.box_text`).
 4. A line in `FAMILIES`, and a case in `tests/parity`: `checks.py` has the numbers (logits, greedy answers, gradients,
    the way back), `hosts.py` tokenizers, pictures and messages.
 """

@@ -1,4 +1,4 @@
-"""`--parity-json FILE`: write what the checks found."""
+"""`--parity-json FILE`: write what the checks found, after each file of tests, so that a run may be stopped."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,21 @@ import pytest
 
 from tests.parity.record import FOUND
 
+WRITTEN: dict[str, dict | None] = {}  # by file of tests; None where one has failed
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--parity-json", None)
-    if path:
-        Path(path).write_text(json.dumps(FOUND))
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    outcome = yield
+    if outcome.get_result().failed:
+        WRITTEN[item.path.name] = None
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    path, name = item.config.getoption("--parity-json", None), item.path.name
+    if not path or (nextitem is not None and nextitem.path == item.path):
+        return
+    if name not in WRITTEN:
+        WRITTEN[name] = json.loads(json.dumps(FOUND))
+    FOUND.clear()
+    Path(path).write_text(json.dumps(WRITTEN))
