@@ -75,6 +75,12 @@ def files() -> list[Path]:
     return [file for file in found if CHECKS.search(file.read_text(encoding="utf-8"))]
 
 
+def _read(path: Path) -> dict[str, Found]:
+    """By file of tests, those alone in which no test has failed."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: part for name, part in found.items() if part is not None}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.parity.table",
@@ -85,25 +91,19 @@ def main() -> int:
         "--found", metavar="FILE", type=Path, help="keep what was found, and go on from there"
     )
     options, more = parser.parse_known_args()
-    kept: dict[str, Found | None] = {}
-    if options.found and options.found.is_file():
-        kept = {
-            name: found for name, found in json.loads(options.found.read_text()).items() if found is not None
-        }
-    left = [str(file) for file in files() if file.name not in kept]
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "found.json"
-        code = 0
-        try:
-            if left:
-                command = [sys.executable, "-m", "pytest", "-q", *left, f"--parity-json={path}", *more]
-                code = subprocess.run(command, cwd=ROOT).returncode
-        finally:
-            if path.is_file():
-                kept |= json.loads(path.read_text())
-            if options.found:
-                options.found.write_text(json.dumps(kept))
-    lost = [file.name for file in files() if kept.get(file.name) is None]
+        # written after each file of tests, and read again in whatever way the run ended
+        path = options.found or Path(directory) / "found.json"
+        part = path.with_name(f"{path.name}.part")
+        kept, code = _read(path) | _read(part), 0
+        path.write_text(json.dumps(kept))
+        if left := [str(file) for file in files() if file.name not in kept]:
+            command = [sys.executable, "-m", "pytest", "-q", *left, f"--parity-json={part}", *more]
+            code = subprocess.run(command, cwd=ROOT).returncode
+            kept |= _read(part)
+            path.write_text(json.dumps(kept))
+        part.unlink(missing_ok=True)
+    lost = [file.name for file in files() if file.name not in kept]
     if code or lost:
         print(f"{', '.join(lost)}: failed or not run, so README.md stays as it is", file=sys.stderr)
         return code or 1
@@ -117,7 +117,7 @@ def main() -> int:
     against = (
         f"Against transformers {version('transformers')} and torch {version('torch')}, float32 on a CPU."
     )
-    written = f"{before}{BEGIN}\n{table(merged([found for found in kept.values() if found]))}\n\n{against}\n{END}{after}"
+    written = f"{before}{BEGIN}\n{table(merged(list(kept.values())))}\n\n{against}\n{END}{after}"
     readme.write_text(written, encoding="utf-8")
     return 0
 
