@@ -12,9 +12,7 @@ from mm_jax.data.media_rule import Arrays, Item, MediaRule
 from mm_jax.data.messages import Box, Part
 
 # thousandths of the picture that the model sees, in characters that every tokenizer has
-BOXES = BoxText(
-    "[{0}, {1}, {2}, {3}]", r"\[(\d+), ?(\d+), ?(\d+), ?(\d+)\]", opening=r"\[(\d[\d, ]*)?$"
-)
+BOXES = BoxText("[{0}, {1}, {2}, {3}]", r"\[(\d+), ?(\d+), ?(\d+), ?(\d+)\]", opening=r"\[(\d[\d, ]*)?$")
 
 
 class JoinedRule(MediaRule):
