@@ -106,14 +106,14 @@ class Pod:
         """The last step that was logged."""
         return max((line["step"] for line in read_metrics(self.run)), default=0)
 
-    def wait_for(self, step: int, timeout: float = 300) -> None:
+    def wait_for(self, step: int, timeout: float = 900) -> None:
         """Until that step is logged, or all have ended."""
         end = time.monotonic() + timeout
         while self.steps() < step and any(process.poll() is None for process in self.processes):
             assert time.monotonic() < end, self.text()
             time.sleep(0.02)
 
-    def wait(self, timeout: float = 400) -> list[int]:
+    def wait(self, timeout: float = 900) -> list[int]:
         """Exit codes."""
         end = time.monotonic() + timeout
         for process in self.processes:
