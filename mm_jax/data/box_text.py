@@ -22,7 +22,7 @@ class BoxText:
       scale: coordinates run from 0 to this over the picture; 0: they are pixels of the picture that the model sees.
       largest: the largest coordinate that is written, where the end of the scale is not; 0: the end is.
       decimals: places behind the point that are written; None: whole numbers.
-      opening: regular expression that finds the beginning of a box at the end of a text.
+      opening: regular expression that finds the beginning of a box at the end of a text behind which is no whole one.
       tags: what may stand around phrases and is no part of the text.
     """
 
@@ -33,6 +33,12 @@ class BoxText:
     decimals: int | None = None
     opening: str = ""
     tags: tuple[str, ...] = ()
+
+    @property
+    def begun(self) -> str:
+        """Regular expression whose group "begun" is what may become a box at the end of a text; it passes over whole
+        boxes, whose second half may look like the beginning of another one."""
+        return f"{self.pattern}|(?P<begun>{self.opening})" if self.opening else ""
 
     def write(self, box: Box, transform: Transform) -> str:
         """A box in original pixels as text."""

@@ -25,7 +25,7 @@ class JoinedRule(MediaRule):
     """
 
     joined = "\n"
-    opening = BOXES.opening
+    opening = BOXES.begun
 
     def __init__(self, rules: Mapping[str, MediaRule], placeholders: Mapping[str, str], axes: int = 0):
         super().__init__()

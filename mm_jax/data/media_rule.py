@@ -123,7 +123,8 @@ class MediaRule:
         nothing in any). Then the tokenizer need not know the token.
       taps: whether some items have taps.
       kept: regular expression of special tokens that answers keep, for `parse` to read.
-      opening: regular expression that finds what may become a box at the end of an answer that is not complete.
+      opening: regular expression whose group "begun" is what may become a box at the end of an answer that is not
+        complete.
       ignored: arrays of the reference's processor that hold nothing new.
       placeholders: what chat templates write for a picture, clip or video, where it is not the media token itself.
       joined: for chat templates that take texts alone: what stands between the parts of a message, of which media are

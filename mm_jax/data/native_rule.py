@@ -65,7 +65,7 @@ class NativeRule(MediaRule):
         self.names = {kind: VALUES[kind] for kind in self.tokens}
         if "video" in self.names:
             self.names["video"] += ("second_per_grid_ts",)
-        self.opening = boxes.opening
+        self.opening = boxes.begun
         self.layout, self.patch, self.frames, self.axes = layout, patch, frames, axes
         self.defaults, self.video_defaults, self.timed, self.boxes = defaults, video_defaults, timed, boxes
         if timed:

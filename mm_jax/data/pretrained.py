@@ -340,8 +340,11 @@ class PretrainedProcessor:
     def complete(self, ids: Sequence[int]) -> list[int]:
         """The ids whose text can be shown already: a box that has begun waits for its end."""
         ids = list(ids)
-        found = re.search(self.rule.opening, self._reader.decode(ids)) if self.rule.opening else None
-        while found and ids and len(self._reader.decode(ids)) > found.start():
+        if not self.rule.opening:
+            return ids
+        found = re.finditer(self.rule.opening, self._reader.decode(ids))
+        start = next((match.start() for match in found if match["begun"]), None)
+        while start is not None and ids and len(self._reader.decode(ids)) > start:
             ids.pop()
         return ids
 

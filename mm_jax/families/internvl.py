@@ -218,7 +218,7 @@ class TileRule(FixedImage):
 
     names = {"image": ("pixel_values", "num_patches")}
     kept = r"</?box>"
-    opening = r"<box>[^<]*$"
+    opening = r"(?P<begun><box>[^<]*$)"
 
     def __init__(
         self, settings: Settings, *, least: int = 1, most: int = 12, view: bool = True, **options: Any

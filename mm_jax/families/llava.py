@@ -122,7 +122,7 @@ def _system(values: Mapping[str, Any], names: frozenset[str]) -> System:
 class SquareBoxes(FixedImage):
     """Boxes as four numbers from 0 to 1 of the picture with its padding to a square."""
 
-    opening = BOXES.opening
+    opening = BOXES.begun
 
     def transform(self, size: tuple[int, int]) -> Transform:
         side = max(size)

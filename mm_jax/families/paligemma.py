@@ -72,7 +72,7 @@ BOXES = BoxText(
     "".join(LOCATION.format(name) for name in ("y0", "x0", "y1", "x1")),
     scale=1024,
     largest=1023,
-    opening=r"(?<!>)((<loc\d{4}>){4})*(<loc\d{4}>){1,3}$",
+    opening=r"(<loc\d{4}>){1,3}$",
 )
 
 
@@ -80,7 +80,7 @@ class LocatedImage(FixedImage):
     """Pictures of one size; boxes are tokens for their top, left, bottom and right in 1024ths of the picture."""
 
     kept = r"<loc\d{4}>"
-    opening = BOXES.opening
+    opening = BOXES.begun
 
     def write_box(self, box: Box, transform: Transform) -> str:
         return BOXES.write(box, transform)

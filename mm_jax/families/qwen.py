@@ -63,6 +63,7 @@ BOXES = BoxText(
     "<box>({0},{1}),({2},{3})</box>",
     r"(?:<box>)?\((\d+),(\d+)\),\((\d+),(\d+)\)(?:</box>)?",
     largest=999,
+    opening=r"(<box>|\()(\(?\d*,?\d*\)?,?(\(\d*,?\d*)?)?$",
     tags=("<ref>", "</ref>"),
 )
 TEMPLATE = (
@@ -230,6 +231,7 @@ class PathRule(FixedImage):
     """
 
     placeholders = {"image": "<img></img>"}
+    opening = BOXES.begun
     ignored = BoundRule.ignored + ("image_bound",)
 
     def __init__(self, settings: Settings, *, start: int, size: tuple[int, int], queries: int):
