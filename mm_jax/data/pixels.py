@@ -157,6 +157,8 @@ class PixelRule:
         if not isinstance(size, Mapping):  # a number, in old files
             square = values.get("default_to_square", True)
             size = {"height": size, "width": size} if square else {"shortest_edge": size}
+        if values.get("use_square_size") and "shortest_edge" in size:  # in files of Kosmos-2
+            size = {"height": size["shortest_edge"], "width": size["shortest_edge"]}
         return cls(
             size=size if values.get("do_resize", True) else None,
             resample=int(values["resample"]),

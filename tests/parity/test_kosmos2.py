@@ -7,7 +7,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import mm_jax  # noqa: E402
-from tests.parity import theirs  # noqa: E402
+from mm_jax.data.pixels import PixelRule  # noqa: E402
+from mm_jax.families.llava import IMAGE_PROCESSOR  # noqa: E402
+from tests.parity import hosts, theirs  # noqa: E402
 from tests.parity.checks import same_after_saving, same_gradients, same_greedy, same_logits  # noqa: E402
 
 IMAGE, QUERIES = 96, 5
@@ -57,6 +59,19 @@ def test_matches_transformers(case, tmp_path):
     same_greedy(model, lm, left)
     same_gradients(model, lm, right, tmp_path / "gradients")
     same_after_saving(model, lm, right, tmp_path / "out", KIND)
+
+
+def test_settings_of_the_released_file():
+    """Pictures are stretched to a square, which an old field says that no other model's file has."""
+    settings = dict(
+        size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}, use_square_size=True
+    )
+    processor = transformers.CLIPImageProcessorPil(**settings)
+    rule = PixelRule.read(settings, IMAGE_PROCESSOR)
+    for size in ((60, 31), (31, 60)):
+        image = hosts.picture(*size)
+        (expected,) = processor(image, return_tensors="np")["pixel_values"]
+        assert np.array_equal(rule(np.asarray(image)).transpose(2, 0, 1), expected)
 
 
 def test_text_alone(tmp_path):
