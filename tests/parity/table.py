@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- parity table -->", "<!-- end of the parity table -->"
 # what notes something for the table
 CHECKS = re.compile(
-    r"\b(same_(logits|greedy|after_saving|gradients|features|preprocessing)|came_back|note|case.check\w*)\("
+    r"\b(same_(logits|greedy|after_saving|gradients|features|preprocessing|pixels)|came_back|note|case.check\w*)\("
 )
 COLUMNS = {
     "logits": "logits or features, largest error",
