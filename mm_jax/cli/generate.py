@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_jax.cli.parser import Parser, add_sampling
 from mm_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from mm_jax.data.example import Example
     from mm_jax.data.messages import Message
     from mm_jax.inference.sampling import Sampling
     from mm_jax.lm import LanguageModel
@@ -33,6 +35,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--audio", action="append", default=[], metavar="PATH", help="clip of the question")
     parser.add_argument("--data", metavar="JSONL", help="a file of conversations in the chat format")
     parser.add_argument("--out", metavar="JSONL", help="where answers go (default: standard output)")
+    parser.add_argument(
+        "--attention", metavar="DIR",
+        help="also tell where the model looked for each word; heat maps over the pictures go into this folder",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=32, metavar="ROWS", help="conversations at a time (32)")
     add_sampling(parser)
     options = parser.parse_args(argv)
@@ -58,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
         out = open(options.out, "w", encoding="utf-8") if options.out else sys.stdout
     except OSError as error:
         raise UserError(f"cannot write {options.out}: {error.strerror}") from None
-    failures = write_answers(lm, prompts, sampling, options.max_new_tokens, options.batch, out)
+    folder = Path(options.attention) if options.attention else None
+    failures = write_answers(lm, prompts, sampling, options.max_new_tokens, options.batch, out, folder)
     if options.out:
         out.close()
     if failures and options.prompt is not None:
@@ -90,8 +97,12 @@ def write_answers(
     max_new_tokens: int,
     rows: int,
     out: Any,
+    attention: Path | None = None,
 ) -> list[str]:
-    """One JSON line a prompt, in order; an unusable prompt gets {"id", "error"}. Returns the errors."""
+    """One JSON line a prompt, in order; an unusable prompt gets {"id", "error"}. Returns the errors.
+
+    attention: folder for heat maps; without one nothing is said about where the model looked.
+    """
     from tqdm import tqdm
 
     from mm_jax.data.messages import Box
@@ -130,10 +141,48 @@ def write_answers(
     with tqdm(total=len(prompts), desc="answers", disable=None if len(prompts) > 1 else True) as bar:
         for answer in engine.run(requests()):
             k = answer.request.tag
-            parts = lm.processor.parts(answer_ids(answer.tokens, lm.stop_ids), examples.pop(k).transforms)
+            example, ids = examples.pop(k), answer_ids(answer.tokens, lm.stop_ids)
+            parts = lm.processor.parts(ids, example.transforms)
             lines[k] = {"id": prompts[k][0], "text": render(parts)}
             if boxes := [{"box": list(p.box), "image": p.image} for p in parts if isinstance(p, Box)]:
                 lines[k]["boxes"] = boxes
+            if attention is not None:
+                try:
+                    found = write_heat(lm, prompts[k][1], example, ids, attention, prompts[k][0] or "answer")
+                    lines[k]["attention"] = {"words": found}
+                except UserError as error:
+                    lines[k]["attention"] = {"error": str(error)}
+                    failures.append(str(error))
             write()
         write()
     return failures
+
+
+def write_heat(
+    lm: LanguageModel,
+    messages: Sequence[Message],
+    example: Example,
+    ids: Sequence[int],
+    folder: Path,
+    name: str,
+) -> list[dict]:
+    """Heat maps of all words of an answer as NAME-WORD-PICTURE.png; returns the weights and the files."""
+    from mm_jax.data.media import decode_image
+    from mm_jax.data.messages import Image
+    from mm_jax.inference.attention import Look, heat_picture, words_json, words_of
+
+    sources = [part.source for message in messages for part in message.parts if isinstance(part, Image)]
+    pictures = [decode_image(source) for source in sources]
+    stem = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+    def draw(word: int, look: Look) -> str:
+        path = folder / f"{stem}-{word}-{look.image}.png"
+        heat_picture(pictures[look.image], look).save(path)
+        return str(path)
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        words = words_of(lm.processor, ids, example.transforms)
+        return words_json(lm, example, ids, words, range(len(words)), draw)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None

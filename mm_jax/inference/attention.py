@@ -7,7 +7,7 @@ where information was fetched from, not why (Jain and Wallace 2019).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -222,6 +222,32 @@ def looks(
         pairs = enumerate(zip(maps, example.transforms, strict=True))
         found.append([Look(k, patches, area_of(transform)) for k, (patches, transform) in pairs])
     return found
+
+
+def words_json(
+    lm: LanguageModel,
+    example: Example,
+    answer: Sequence[int],
+    words: Sequence[Word],
+    chosen: Iterable[int],
+    draw: Callable[[int, Look], str] | None = None,
+) -> list[dict[str, Any]]:
+    """What `looks` finds for words of an answer, as JSON.
+
+    Args:
+      words: of `words_of`; chosen: numbers of those that are wanted; others than there are count for nothing.
+      draw: makes the heat map of a word and says where it is.
+    """
+    numbers = [k for k in chosen if k < len(words)]
+    found = looks(lm, example, answer, [words[k].tokens for k in numbers]) if numbers else []
+    listed = []
+    for k, seen in zip(numbers, found, strict=True):
+        word, images = words[k], [look.to_json() for look in seen]
+        for image, look in zip(images, seen, strict=True):
+            if draw is not None:
+                image["picture"] = draw(k, look)
+        listed.append({"index": k, "text": word.text, "start": word.start, "end": word.end, "images": images})
+    return listed
 
 
 def check_looks(lm: LanguageModel, example: Example, new: int) -> None:

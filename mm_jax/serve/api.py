@@ -21,7 +21,7 @@ from mm_jax.agents.tools import Function, plain_messages, style_of, template_mes
 from mm_jax.data.media import decode_image
 from mm_jax.data.messages import Image, messages_from_json
 from mm_jax.errors import UserError
-from mm_jax.inference.attention import check_looks, heat_picture, looks, words_of
+from mm_jax.inference.attention import Look, check_looks, heat_picture, words_json, words_of
 from mm_jax.inference.grammar import Grammars
 from mm_jax.inference.prompt import Prompt, text_prompt
 from mm_jax.inference.request import Guide, Request
@@ -98,26 +98,20 @@ class Api:
 
     def _look(self, wanted: ChatRequest, example: Example, choice: Choice) -> dict[str, Any]:
         """Where the model looked for the words of an answer that has ended."""
-        words = words_of(self._lm.processor, choice.ids, example.transforms)
-        words = list(enumerate(word for word in words if word.end <= len(choice.text)))
-        if wanted.attention.words is not None:
-            words = [pair for pair in words if pair[0] in wanted.attention.words]
-        found = looks(self._lm, example, choice.ids, [word.tokens for _, word in words]) if words else []
-        pictures = []
+        sources = []
         if wanted.attention.pictures:
             parts = [
                 part for m in messages_from_json(plain_messages(wanted.messages, [])) for part in m.parts
             ]
-            pictures = [decode_image(part.source) for part in parts if isinstance(part, Image)]
-        listed = []
-        for (k, word), seen in zip(words, found, strict=True):
-            images = [look.to_json() for look in seen]
-            for image, look, picture in zip(images, seen, pictures, strict=False):
-                image["picture"] = _png_url(heat_picture(picture, look))
-            listed.append(
-                {"index": k, "text": word.text, "start": word.start, "end": word.end, "images": images}
-            )
-        return {"words": listed}
+            sources = [decode_image(part.source) for part in parts if isinstance(part, Image)]
+
+        def draw(word: int, look: Look) -> str:
+            return _png_url(heat_picture(sources[look.image], look))
+
+        words = words_of(self._lm.processor, choice.ids, example.transforms)
+        words = [word for word in words if word.end <= len(choice.text)]  # without what a stop text has cut
+        chosen = range(len(words)) if wanted.attention.words is None else wanted.attention.words
+        return {"words": words_json(self._lm, example, choice.ids, words, chosen, draw if sources else None)}
 
     def _example(self, messages: list[dict[str, Any]], functions: list[Function]) -> Example:
         """The prompt, with functions in the way of the model's template where it has one that knows them."""

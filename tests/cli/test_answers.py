@@ -45,6 +45,21 @@ def test_generate_one_question(run, files, capsys):
     assert line["text"] == lm.chat([user("what colour", (0,))], 8)
 
 
+def test_generate_tells_where_it_looked(run, files, tmp_path, capsys):
+    arguments = ["--image", f"{files}/0.png", "--prompt", "what colour", "--max-new-tokens", "8"]
+    assert main(["generate", run, *arguments, "--attention", str(tmp_path / "heat")]) == 0
+    line = json.loads(capsys.readouterr().out)
+    words = line["attention"]["words"]
+    assert words and all(line["text"][word["start"] : word["end"]] == word["text"] for word in words)
+    for k, word in enumerate(words):
+        (image,) = word["images"]
+        assert image["picture"] == str(tmp_path / "heat" / f"answer-{k}-0.png")
+        assert PIL.Image.open(image["picture"]).size == (40, 24)
+        assert sum(map(sum, image["weights"])) == pytest.approx(image["share"], rel=0.02)
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in fails(capsys, "generate", run, *arguments, "--attention", tmp_path / "file")
+
+
 def test_generate_a_file(run, files, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
     arguments = [
