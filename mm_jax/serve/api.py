@@ -214,6 +214,8 @@ class Api:
             )
         gone = asyncio.ensure_future(_disconnected(http))
         whole = asyncio.ensure_future(writer.whole(events, choices))
+        # what it ends with is of no interest once the client has gone
+        whole.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
             if whole.done():
