@@ -58,3 +58,6 @@ class JoinedRule(MediaRule):
 
     def transform(self, size: tuple[int, int]) -> Transform:
         return self.rules["image"].transform(size)
+
+    def framing(self, size: tuple[int, int]) -> Transform:
+        return self.rules["image"].framing(size)

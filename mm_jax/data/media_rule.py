@@ -213,6 +213,11 @@ class MediaRule:
         """Where the pixels of a picture of (width, height) are in the picture that the text's boxes speak of."""
         return Transform(size, (1.0, 1.0), (0, 0), size)
 
+    def framing(self, size: tuple[int, int]) -> Transform:
+        """Where the pixels of a picture of (width, height) are in the picture that the encoder gets; the whole of it
+        unless a system says otherwise."""
+        return Transform(size, (1.0, 1.0), (0, 0), size)
+
     def write_box(self, box: Box, transform: Transform) -> str:
         """A box of a message in the text format of this system."""
         raise UserError("this system has no format for boxes")
@@ -260,6 +265,9 @@ class FixedImage(MediaRule):
         return [Item(index, self.num_tokens, {"pixel_values": picture[None]}) for picture in pixels]
 
     def transform(self, size: tuple[int, int]) -> Transform:
+        return self.rule.transform(size)
+
+    def framing(self, size: tuple[int, int]) -> Transform:
         return self.rule.transform(size)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mm_jax.data.image import Transform
 from mm_jax.data.media_rule import Arrays, Item, MediaRule, Settings, channels_last
 from mm_jax.data.pixels import BICUBIC, CLIP_MEAN, CLIP_STD, PixelRule, pad_to_square, resize
 from mm_jax.errors import UserError
@@ -142,6 +143,12 @@ class SquareRule(MediaRule):
             Item(index, self.num_tokens, {name: array[k : k + 1] for name, array in pixels.items()})
             for k in range(len(pixels["pixel_values"]))
         ]
+
+    def framing(self, size: tuple[int, int]) -> Transform:
+        side = max(size)
+        if not self._values()["do_pad"]:
+            return super().framing(size)
+        return Transform(size, (1.0, 1.0), ((side - size[0]) // 2, (side - size[1]) // 2), (side, side))
 
 
 class PairRule(SquareRule):

@@ -255,6 +255,9 @@ class TileRule(FixedImage):
     def transform(self, size: tuple[int, int]) -> Transform:
         return MediaRule.transform(self, size)  # boxes speak of the whole picture
 
+    def framing(self, size: tuple[int, int]) -> Transform:
+        return MediaRule.framing(self, size)  # which is stretched
+
     def write_box(self, box: Box, transform: Transform) -> str:
         corners = [round(1000 * value) for value in transform.forward(box.box)]
         return f"<box>[{corners}]</box>"

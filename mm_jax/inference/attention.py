@@ -219,9 +219,16 @@ def looks(
         mean = weights["decoder"][:, :, rows].mean(axis=(0, 1, 2))
         features = feature_weights(mean, example)
         maps = _picture_weights(lm, example, features, weights.get("image_projector"))
-        pairs = enumerate(zip(maps, example.transforms, strict=True))
+        pairs = enumerate(zip(maps, _seen(lm, example), strict=True))
         found.append([Look(k, patches, area_of(transform)) for k, (patches, transform) in pairs])
     return found
+
+
+def _seen(lm: LanguageModel, example: Example) -> list[Transform]:
+    """Where the pictures are in those that the encoder gets; the boxes of a checkpoint may speak of others."""
+    if lm.checkpoint is None:
+        return example.transforms
+    return [lm.processor.rule.framing(transform.original) for transform in example.transforms]
 
 
 def words_json(
