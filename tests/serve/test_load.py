@@ -8,7 +8,7 @@ from tests.cli.conftest import make_run
 from tests.serve import load
 from tests.serve.conftest import Server
 
-SECONDS = float(os.environ.get("MM_JAX_LOAD_SECONDS", "300"))
+SECONDS = float(os.environ.get("MM_JAX_LOAD_SECONDS", "30"))
 RUN = os.environ.get("MM_JAX_LOAD_RUN", "")  # a run of the quickstart; without one a tiny model
 
 
