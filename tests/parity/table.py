@@ -98,7 +98,7 @@ def main() -> int:
         kept, code = _read(path) | _read(part), 0
         path.write_text(json.dumps(kept))
         if left := [str(file) for file in files() if file.name not in kept]:
-            command = [sys.executable, "-m", "pytest", "-q", *left, f"--parity-json={part}", *more]
+            command = [sys.executable, "-m", "pytest", "-q", "--slow", *left, f"--parity-json={part}", *more]
             code = subprocess.run(command, cwd=ROOT).returncode
             kept |= _read(part)
             path.write_text(json.dumps(kept))
