@@ -18,6 +18,8 @@ from mm_jax.models import (
     BranchProjector,
     Conformer,
     ConformerConfig,
+    Context,
+    CrossBlock,
     Decoder,
     DecoderConfig,
     DenseHeads,
@@ -39,6 +41,8 @@ from mm_jax.models import (
     Resampler,
     SamConfig,
     SamEncoder,
+    TiledViT,
+    TiledViTConfig,
     VisionTransformer,
     ViTConfig,
 )
@@ -49,6 +53,19 @@ NATIVE = NativeViTConfig(
 )
 SAM = SamConfig(
     8, 2, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=8, out_dim=2, window=3, full_layers=(1,)
+)
+TILED = TiledViTConfig(
+    8,
+    8,
+    4,
+    tiles=2,
+    shapes=3,
+    embed_dim=8,
+    num_layers=2,
+    num_global_layers=1,
+    num_heads=2,
+    mlp_dim=8,
+    taps=(0,),
 )
 AUDIO = AudioEncoderConfig(3, 8, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8)
 CONFORMER = ConformerConfig(3, 8, MelSubsampling(2, 4), embed_dim=8, num_layers=1, num_heads=2, mlp_dim=8)
@@ -75,6 +92,16 @@ CASES = {
     "Attention": (Attention(2, 1, 4), (X,), None),
     "EncoderBlock": (EncoderBlock(2, 8), (X, MASK), None),
     "VisionTransformer": (VisionTransformer(VIT), (BATCH["pixel_values"][0],), None),
+    "CrossBlock": (
+        CrossBlock(2, 1, 4, 8),
+        (X, Context(X[:, :2], np.ones((1, 1, 4, 2), bool), np.ones((1, 4, 1), bool))),
+        None,
+    ),
+    "TiledViT": (
+        TiledViT(TILED),
+        (random(1, 2, 8, 8, 3), np.ones(1, np.int32), np.ones(1, np.int32)),
+        None,
+    ),
     "Experts": (Experts(ExpertConfig(3, 2, 4)), (X,), None),
     "NativeViT": (NativeViT(NATIVE), (random(1, 4, 12), IDS // 2, np.stack([IDS, IDS], -1)), None),
     "AudioEncoder": (AudioEncoder(AUDIO), (BATCH["audio_values"][0], np.array([5])), None),
