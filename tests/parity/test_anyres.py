@@ -154,7 +154,7 @@ def build(kind: str, directory):
     return model, processor
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["next", pytest.param("onevision", marks=pytest.mark.slow)])
 def test_matches_transformers(kind, tmp_path):
     """From messages: tokens, logits, greedy answers, gradients, the way back."""
     model, processor = build(kind, tmp_path / "in")

@@ -75,7 +75,9 @@ def prompts(case: str, pad_left: bool = False, images=((0,), (0, 4)), seed: int 
     return arrays
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == "blip-2" else pytest.mark.slow) for case in CASES]
+)
 def test_matches_transformers(case, tmp_path):
     """One picture and several, padding on either side; greedy answers; gradients; the way back."""
     kind = f"{CASES[case][0]}ForConditionalGeneration"

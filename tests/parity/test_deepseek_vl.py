@@ -52,7 +52,7 @@ def prompts(hybrid: bool, images=((1,), (0, 5)), **options):
     return arrays
 
 
-@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("hybrid", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_matches_transformers(hybrid, tmp_path):
     """One picture and several, padding on either side, none; greedy answers; the way back."""
     model = build(tmp_path / "in", hybrid)

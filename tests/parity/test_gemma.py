@@ -61,7 +61,9 @@ def prompts(
     return arrays | {"token_type_ids": kinds}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "paligemma2" else ()) for case in CASES]
+)
 def test_matches_transformers(case, tmp_path):
     """One picture and several, padding on either side, no picture; greedy answers; gradients; the way back."""
     model = build(case, tmp_path / "in")
