@@ -183,7 +183,9 @@ def test_every_parameter_has_a_weight(kind, tmp_path):
         values["vision_config"] = {"hidden_size": 8192}
     elif kind in widths:
         values["vision_config"] = {"out_hidden_size": widths[kind]}
-    for names in (frozenset(), frozenset({"lm_head.weight", "language_model.lm_head.weight"})):
+    tied, own = frozenset(), frozenset({"lm_head.weight", "language_model.lm_head.weight"})
+    # an embedding with rows of no word is no head
+    for names in (own,) if kind == "mllama" else (tied, own):
         system = FAMILIES[kind].system(values, Names(names))
         paths = [weight.path for weight in system.weights]
         assert len(paths) == len(set(paths)) and set(paths) == set(abstract_params(system.config))
