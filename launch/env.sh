@@ -14,6 +14,9 @@ python=$venv/bin/python
 # XLA asks for its scratch memory anew in every step; with huge pages a step on the CPU is about 1.6 times as fast.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+# shellcheck disable=SC2034 # for the scripts that start a training again
+UNFINISHED=75 # exit code of a training that was told to stop
+
 die() {
   echo "${0##*/}: $*" >&2
   exit 2

@@ -26,8 +26,6 @@ and checkpoints/ are folders of the bucket.
 
 example: bash launch/gke.sh --name llava --image gcr.io/my-project/mm_jax --topology v5e:8x8 --bucket my-bucket configs/llava_1_5_7b.py"
 
-UNFINISHED=75 # exit code of a training that was told to stop
-
 name='' image='' topology='' slices=1 bucket='' account=default namespace=default spot='' queue='' restarts=3 grace=300
 dry='' config='' overrides=()
 while [ $# -gt 0 ]; do

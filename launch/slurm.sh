@@ -21,8 +21,6 @@ in it; it, the repository and the run must be on a disk that all nodes see.
 
 example: bash launch/slurm.sh --nodes 4 --gpus 8 --partition gpu configs/llava_1_5_7b.py --seed 1"
 
-UNFINISHED=75 # exit code of a training that was told to stop
-
 # shellcheck disable=SC2034 # some are read by name
 nodes=1 gpus=8 cpus=8 time=24:00:00 grace=300 partition='' account='' qos='' constraint='' name='' run='' dry=''
 config='' overrides=()

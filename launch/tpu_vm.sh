@@ -34,7 +34,6 @@ example: bash launch/tpu_vm.sh train --name pod --zone us-central1-a --topology 
 
 POLL=${MM_JAX_POLL:-20}       # seconds between two looks at a state
 PATIENCE=${MM_JAX_PATIENCE:-15} # looks after which TPUs whose training ended are taken to stay
-UNFINISHED=75                 # exit code of a training that was told to stop
 
 command='' name='' zone='' topology='' slices=1 project='' runtime='' bucket='' dry='' training=() capacity=()
 while [ $# -gt 0 ]; do

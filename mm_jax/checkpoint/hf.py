@@ -30,6 +30,7 @@ from mm_jax.families.media import media_rule
 from mm_jax.models import MultimodalConfig, MultimodalLM, dummy_batch, dummy_inputs, encoder
 
 INDEX = "model.safetensors.index.json"
+SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # besides weights
 # tables that the reference computes itself and that old files hold nevertheless
 COMPUTED = ("*rotary_emb.inv_freq", "*.position_ids")
 FLOATS = ("float32", "bfloat16")
@@ -315,13 +316,7 @@ def _of_layer(sharding: Sharding) -> Sharding:
 def small_files(directory: Path) -> Iterator[Path]:
     """Those that belong to a checkpoint besides weights and config.json: tokenizers, templates, settings."""
     for path in (*directory.iterdir(), *directory.glob("*_tokenizer/*")):
-        weights = path.name.startswith("model") or path.suffix not in (
-            ".json",
-            ".jinja",
-            ".txt",
-            ".model",
-            ".tiktoken",
-        )
+        weights = path.name.startswith("model") or path.suffix not in SMALL
         if path.is_file() and not weights and path.name != "config.json":
             yield path
 

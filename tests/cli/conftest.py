@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,17 +10,22 @@ import soundfile
 
 from mm_jax.checkpoint.run import StageCheckpoints
 from mm_jax.data.pipeline import BatchConfig
+from mm_jax.data.processor import Processor
 from mm_jax.data.sources import SourceConfig
+from mm_jax.models import MultimodalConfig
 from mm_jax.train.config import RunConfig, Stage, save_config
 from tests.tiny import clip, picture, tiny
 
 
 def make_run(path: Path, **options: bool) -> Path:
-    config, params, processor = tiny(**options)
+    return write_run(path, *tiny(**options))
+
+
+def write_run(path: Path, config: MultimodalConfig, params: dict[str, Any], processor: Processor) -> Path:
     path.mkdir()
     stage = Stage(1, {"none": 1.0}, (".*",), BatchConfig(rows=1, length=64))
     sources = {"none": SourceConfig("chat", "none.jsonl")}
-    save_config(RunConfig("tiny", config, processor.config, sources, {"only": stage}), path)
+    save_config(RunConfig(path.name, config, processor.config, sources, {"only": stage}), path)
     processor.save(path / "processor")
     checkpoints = StageCheckpoints(path, "only")
     checkpoints.save(1, params, {"count": np.zeros(1)}, {}, {}, loss=1.0)

@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from mm_jax.checkpoint.run import StageCheckpoints
 from mm_jax.data.messages import Box, Conversation, Message, Text
-from mm_jax.data.pipeline import BatchConfig
-from mm_jax.data.sources import SourceConfig
 from mm_jax.lm import LanguageModel
-from mm_jax.train.config import RunConfig, Stage, save_config
+from tests.cli.conftest import write_run
 from tests.serve.conftest import KEY, Server
 from tests.tiny import clip, picture, random_params, tiny, user
 
@@ -58,17 +55,7 @@ def speaking_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params["decoder"]["head"]["kernel"] = jnp.asarray(head)
     lm = LanguageModel(config, params, processor)
     assert lm.chat([asked]).startswith(SAID) and lm.chat([user("how many circles")]).startswith(SAID)
-    path = tmp_path_factory.mktemp("page") / "speaking"
-    path.mkdir()
-    stage = Stage(1, {"none": 1.0}, (".*",), BatchConfig(rows=1, length=64))
-    sources = {"none": SourceConfig("chat", "none.jsonl")}
-    save_config(RunConfig("speaking", config, processor.config, sources, {"only": stage}), path)
-    processor.save(path / "processor")
-    checkpoints = StageCheckpoints(path, "only")
-    checkpoints.save(1, params, {"count": np.zeros(1)}, {}, {}, loss=1.0)
-    checkpoints.wait()
-    checkpoints.close()
-    return path
+    return write_run(tmp_path_factory.mktemp("page") / "speaking", config, params, processor)
 
 
 @pytest.fixture(scope="module")
