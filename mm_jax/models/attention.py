@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from mm_jax.models import splash
+from mm_jax.models import ring, splash
 from mm_jax.models.execution import Execution
 
 Axes = tuple[str, str | None, str, str]  # logical axes of attention: rows, queries, heads, key/value heads
@@ -176,8 +176,13 @@ def attention(
       [B, T, N, H] in the dtype of `query`.
     """
     rows, queries, heads, kv_heads = axes
+    if execution.context == "heads":
+        execution = execution.with_heads_apart(axes, query.shape, key.shape)
     query = execution.constrain(query, rows, queries, heads, None)
-    # every query may need every key: they are gathered over the axis that splits the queries
+    if execution.context == "ring" and bias is None and isinstance(mask, Mask):
+        if ring.fits(query, key, mask, execution, axes):
+            return ring.attention(query, key, value, mask, scale, cap, execution, axes)
+    # every query may need every key: here they are gathered over the axis that splits the queries
     key = execution.constrain(key, rows, None, kv_heads, None)
     value = execution.constrain(value, rows, None, kv_heads, None)
     kernel = choose_kernel(query, key, mask, cap, bias, execution)

@@ -6,15 +6,15 @@ Pallas is imported where it is used: it would make every start a second slower.
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mm_jax.models.execution import ATTENTION, Execution
+from mm_jax.models.execution import ATTENTION, Execution, axes_of
 
 if TYPE_CHECKING:
     from mm_jax.models.attention import Axes, Mask
@@ -27,6 +27,11 @@ SHORTEST = 512  # below, the [T, S] table is small and XLA is as fast
 def fits(query: tuple[int, ...], key: tuple[int, ...]) -> bool:
     """Whether the kernel takes arrays of these shapes, [B, T, N, H] and [B, S, K, H]."""
     return query[1] % LANES == 0 and key[1] % LANES == 0
+
+
+def wanted(execution: Execution) -> bool:
+    """Whether the kernel is asked for by name, or this is where it runs."""
+    return execution.attention == "splash" or (execution.attention == "auto" and execution.platform == "tpu")
 
 
 def attention(
@@ -68,18 +73,15 @@ def _sharded(
     """Every device runs the kernel on its rows, heads and queries."""
     mesh = execution.mesh
     if mesh is None or mesh.size == 1:
-        return _run(_kernel(query.shape, key.shape, causal, window, cap, 1, 1, execution.platform != "tpu"),
-                    query, key, value, segments)  # fmt: skip
-    queries = execution.spec(query.shape, *axes[:3], None)
-    keys = execution.spec(key.shape, axes[0], None, axes[3], None)
-    if queries[2] != keys[2]:  # fewer key heads than devices: each device keeps all heads
-        queries, keys = (PartitionSpec(*spec[:2], None, None) for spec in (queries, keys))
+        one = kernel(query.shape, key.shape, causal, window, cap, interpret=execution.platform != "tpu")
+        return _run(one, query, key, value, segments)
+    queries, keys = specs(query.shape, key.shape, execution, axes)
     rows, length, heads = queries[0], queries[1], queries[2]
-    parts = [int(np.prod([mesh.shape[axis] for axis in axes or ()])) for axes in (heads, length)]
+    parts = [math.prod(mesh.shape[axis] for axis in names) for names in (axes_of(heads), axes_of(length))]
     if query.shape[1] // parts[1] % LANES:
         queries, length, parts[1] = PartitionSpec(rows, None, heads, None), None, 1
-    kernel = _kernel(query.shape, key.shape, causal, window, cap, *parts, execution.platform != "tpu")
-    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads, length)))
+    one = kernel(query.shape, key.shape, causal, window, cap, *parts, execution.platform != "tpu")
+    kernel_spec = one.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads, length)))
     segment_specs = None if segments is None else (PartitionSpec(rows, length), PartitionSpec(rows, None))
     return jax.shard_map(
         _run,
@@ -87,7 +89,22 @@ def _sharded(
         in_specs=(kernel_spec, queries, keys, keys, segment_specs),
         out_specs=queries,
         check_vma=False,
-    )(kernel, query, key, value, segments)
+    )(one, query, key, value, segments)
+
+
+def specs(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    execution: Execution,
+    axes: Axes,
+    keys: str | None = None,
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """How queries and keys of these shapes lie on the mesh; `keys`: logical name of the keys' own axis."""
+    queries = execution.spec(query, *axes[:3], None)
+    keys = execution.spec(key, axes[0], keys, axes[3], None)
+    if queries[2] != keys[2]:  # fewer key heads than devices: each device keeps all heads
+        queries, keys = (PartitionSpec(*spec[:2], None, None) for spec in (queries, keys))
+    return queries, keys
 
 
 def _run(
@@ -107,24 +124,31 @@ def _run(
     return rearrange(out, "b n t h -> b t n h").astype(query.dtype)
 
 
-def _kernel(
+def kernel(
     query: tuple[int, ...],
     key: tuple[int, ...],
     causal: bool,
     window: int,
     cap: float,
-    head_shards: int,
-    query_shards: int,
-    interpret: bool,
+    head_shards: int = 1,
+    query_shards: int = 1,
+    interpret: bool = False,
+    distance: int = 0,
+    sums: bool = False,
 ) -> Any:
+    """For [N, T, H] and [K, S, H] out of arrays [B, T, N, H] and [B, S, K, H] of these shapes.
+
+    distance: slots that the queries stand behind the keys. sums: it also gives the logarithms of the sums that the
+    softmax divides by, see `block`.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     shape = (query[1], key[1])
     if window:
-        one = masks.LocalMask(shape, (window - 1, 0 if causal else None), 0, shard_count=query_shards)
+        one = masks.LocalMask(shape, (window - 1, 0 if causal else None), distance, shard_count=query_shards)
     elif causal:
-        one = masks.CausalMask(shape, shard_count=query_shards)
+        one = masks.CausalMask(shape, distance, shard_count=query_shards)
     else:
         one = masks.FullMask(shape)
     block_q, block_kv = _block(query[1] // query_shards), _block(key[1])
@@ -135,8 +159,52 @@ def _kernel(
     )  # fmt: skip
     return kernels.make_splash_mha(
         masks.MultiHeadMask([one] * query[2]), block_sizes=sizes, head_shards=head_shards, q_seq_shards=query_shards,
-        attn_logits_soft_cap=cap or None, residual_checkpoint_name=ATTENTION, interpret=interpret,
+        attn_logits_soft_cap=cap or None, residual_checkpoint_name=None if sums else ATTENTION, interpret=interpret,
+        save_residuals=sums,
     )  # fmt: skip
+
+
+def block(
+    kernel: Any, query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array, key_ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over some of the keys, by a kernel that gives `sums`.
+
+    Args:
+      query: [B, N, T, H]; key, value: [B, K, S, H]; ids, key_ids: int32 [B, T] and [B, S].
+
+    Returns:
+      [B, N, T, H] and the logarithms of the softmax's sums, float32 [B, N, T].
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
+    out, (total,) = jax.vmap(kernel)(query, key, value, SegmentIds(ids, key_ids))
+    return out, total
+
+
+def block_gradients(
+    kernel: Any,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    ids: jax.Array,
+    key_ids: jax.Array,
+    out: jax.Array,
+    total: jax.Array,
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What these keys add to the gradients of query, key and value; `out` and `total` are those over all keys."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
+    def one(
+        query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array, key_ids: jax.Array, *after: Any
+    ) -> Any:
+        out, total, gradient = after
+        saved = (query, key, value, kernels.SegmentIds(ids, key_ids), None, out, total)
+        saved += (kernel.dq_mask_info, kernel.dkv_mask_info)
+        # there is no public way to say the sums over all keys
+        return kernels._splash_attention_bwd(res=saved, do=gradient, **kernel.kwargs)[3:6]
+
+    return jax.vmap(one)(query, key, value, ids, key_ids, out, total, gradient)
 
 
 def _block(length: int) -> int:

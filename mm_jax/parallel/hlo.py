@@ -108,7 +108,9 @@ def _bytes(kind: str) -> float:
     return sum(bits(dtype) * math.prod(shape) / 8 for dtype, shape in _arrays(kind))
 
 
-def _add(cost: Cost, computations: dict[str, dict[str, Instruction]], name: str, times: float) -> None:
+def _add(
+    cost: Cost, computations: dict[str, dict[str, Instruction]], name: str, times: float, fused: bool = False
+) -> None:
     table = computations.get(name, {})
     for one in table.values():
         kind = one.opcode.removesuffix("-start")
@@ -117,9 +119,10 @@ def _add(cost: Cost, computations: dict[str, dict[str, Instruction]], name: str,
         elif one.opcode == "convolution":
             cost.flops += times * _convolution_flops(one, table)
         elif kind in COLLECTIVES:
-            # one that runs beside products is written into the fusions of its beginning, middle and end
+            # one that runs beside products is written into the fusions of its beginning, middle and end; the steps of a
+            # ring have one channel too, but are no part of fusions
             if channel := re.search(r"\bchannel_id=(\d+)", one.attributes):
-                if channel[1] in cost.channels:
+                if channel[1] in cost.channels and (fused or kind != "collective-permute"):
                     continue
                 cost.channels.add(channel[1])
             inputs = sum(_bytes(table[o].type) for o in one.operands if o in table)
@@ -140,7 +143,7 @@ def _add(cost: Cost, computations: dict[str, dict[str, Instruction]], name: str,
                 what = scope[1].rsplit("/", 1)[-1] if scope else target[1]
                 cost.kernels[what] = cost.kernels.get(what, 0.0) + times
         for inner, factor in _called(one, table, computations):
-            _add(cost, computations, inner, times * factor)
+            _add(cost, computations, inner, times * factor, fused or one.opcode == "fusion")
 
 
 def _called(

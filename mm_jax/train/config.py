@@ -14,7 +14,7 @@ from mm_jax.data.processor import AnswerWeight, ProcessorConfig
 from mm_jax.data.sources import SourceConfig
 from mm_jax.errors import UserError, nearest
 from mm_jax.models import MultimodalConfig
-from mm_jax.models.execution import Kernel, Remat
+from mm_jax.models.execution import Exchange, Kernel, Remat
 from mm_jax.parallel.mesh import MeshConfig
 from mm_jax.parallel.rules import Rules
 from mm_jax.serialize import first_difference, from_json, to_json
@@ -190,6 +190,8 @@ class RunConfig:
     remat: Remat = "none"
     """What the backward pass keeps of each layer, see `mm_jax.models.Execution`."""
     attention: Kernel = "auto"
+    context: Exchange = "ring"
+    """How attention works on rows that mesh.context has in parts."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     skip: SkipConfig = SkipConfig()
 
@@ -197,6 +199,7 @@ class RunConfig:
 # Fields that may change between two starts of one run, because they do not change what it computes.
 FREE_FIELDS = (
     "name", "data_dir", "workers", "log_every", "checkpoint", "strict", "mesh", "rules", "remat", "attention",
+    "context",
 )  # fmt: skip
 
 

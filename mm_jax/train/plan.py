@@ -94,7 +94,7 @@ def plan_stage(
     decoder = model.decoder
     demand = Demand(stage.batch.rows, state, math.gcd(decoder.num_heads, decoder.num_kv_heads))
     mesh = make_mesh(config.mesh, demand, devices)
-    execution = Execution(mesh, config.rules.axes(), config.remat, config.attention)
+    execution = Execution(mesh, config.rules.axes(), config.remat, config.attention, config.context)
     shardings = place_tree(shapes, shapes, mesh, config.rules)
     return Plan(mesh, config.rules, execution, shapes, shardings, transform, stage.trainable)
 

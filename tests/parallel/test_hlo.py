@@ -62,6 +62,13 @@ def test_a_collective_in_pieces_counts_once():
     ]
 
 
+def test_the_steps_of_a_ring_have_one_channel():
+    one = "%one = f32[100]{0} collective-permute(%b), channel_id=1, source_target_pairs={{0,1},{1,0}}"
+    two = one.replace("%one", "%two")
+    found = analyse(TEXT.replace("  ROOT %dot", f"  {one}\n  {two}\n  ROOT %dot")).collectives
+    assert found["collective-permute"] == [2, 800]
+
+
 CONDITION = """
 %cond (arg: (s32[], bf16[8,64], bf16[64,32])) -> pred[] {
   %limit = s32[]{:T(128)} constant(7)
