@@ -8,6 +8,7 @@ Made once, at the start of a `preference` stage, into `preferences/<stage>/` of 
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -16,15 +17,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from mm_jax.data.messages import Audio, Box, Conversation, Image, Message, Part, Text, conversation_to_json
 from mm_jax.data.packing import FirstFitPacker, Layout, collate, refusal, size_of
 from mm_jax.errors import UserError
+from mm_jax.models import Execution
 from mm_jax.parallel import processes
+from mm_jax.parallel.mesh import Demand, MeshConfig, make_mesh
+from mm_jax.parallel.rules import place_tree
+from mm_jax.serialize import from_json, to_json
 from mm_jax.train.config import PreferenceConfig, Stage
 from mm_jax.train.encode import Encode
 from mm_jax.train.losses import answer_log_probs
+from mm_jax.train.optimizer import tree_bytes
 from mm_jax.train.setup import Setup, sample
 
 ROWS = 16  # prompts answered at a time
@@ -42,34 +49,57 @@ class Pairs:
 def pairs(setup: Setup, name: str, params: dict[str, Any]) -> Pairs:
     """The pairs of stage `name`; mined with `params` unless the run directory has them.
 
+    Of several processes each asks its share of the questions, with the whole model on its own devices.
+
     Raises:
         UserError: no question of the wanted tasks in the mixture.
     """
     directory = setup.run_dir / "preferences" / name
-    if not directory.exists():
-        if processes.count() > 1:
-            raise UserError(
-                f'stage "{name}" makes its pairs in one process: start the run with one until {directory} is there, '
-                "then it goes on with any number"
-            )
+    if not processes.agree(directory.exists()):
         stage = setup.config.stages[name]
+        setup, params = _here(setup, params)
         candidates = mine(setup, stage, params)
         reference = log_probs(setup, stage, params, [c for c, _ in candidates])
         right = [answer_text(pair.messages[-1].parts) for pair, _ in candidates]
         order = rank([wrong for _, wrong in candidates], reference, right)[: stage.preference.pairs]
         if not order:
             raise UserError(f'stage "{name}": no preference pair fits a row; raise batch.length')
-        # Written elsewhere and renamed, so that a stop in between leaves no half of it.
-        temporary = directory.with_name(name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with (temporary / "preferences.jsonl").open("w") as file:
-            for index in order:
-                pair = dataclasses.replace(candidates[index][0], id=str(index))
-                file.write(json.dumps(_to_json(pair, temporary)) + "\n")
-        np.save(temporary / "reference.npy", reference[order])
-        temporary.replace(directory)
+        with processes.first() as first:
+            if first:
+                _write(
+                    directory,
+                    [dataclasses.replace(candidates[i][0], id=str(i)) for i in order],
+                    reference[order],
+                )
     return Pairs(directory / "preferences.jsonl", np.load(directory / "reference.npy"))
+
+
+def _here(setup: Setup, params: dict[str, Any]) -> tuple[Setup, dict[str, Any]]:
+    """Of several processes: with a copy of the parameters on the devices of this one alone."""
+    if processes.count() == 1:
+        return setup, params
+    decoder, rules = setup.model_config.decoder, setup.config.rules
+    demand = Demand(ROWS, tree_bytes(params), math.gcd(decoder.num_heads, decoder.num_kv_heads))
+    mesh = make_mesh(MeshConfig(), demand, jax.local_devices())
+    places = place_tree(params, params, mesh, rules)
+
+    def copy(x: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
+        return jax.device_put(multihost_utils.process_allgather(x, tiled=True), place)
+
+    execution = Execution(mesh, rules.axes(), attention=setup.config.attention, context=setup.config.context)
+    return dataclasses.replace(setup, execution=execution), jax.tree.map(copy, params, places)
+
+
+def _write(directory: Path, found: list[Conversation], reference: np.ndarray) -> None:
+    # Written elsewhere and renamed, so that a stop in between leaves no half of it.
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with (temporary / "preferences.jsonl").open("w") as file:
+        for pair in found:
+            file.write(json.dumps(_to_json(pair, temporary)) + "\n")
+    np.save(temporary / "reference.npy", reference)
+    temporary.replace(directory)
 
 
 def look_up(reference: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -164,13 +194,14 @@ def rank(wrong: list[bool], reference: np.ndarray, right: list[str]) -> list[int
 def log_probs(setup: Setup, stage: Stage, params: dict[str, Any], found: list[Conversation]) -> np.ndarray:
     """float32 [pairs, 2]: summed answer log-probs (chosen, rejected) in one pass over packed rows.
 
-    NaN where a pair cannot be encoded or fits no row.
+    NaN where a pair cannot be encoded or fits no row. Of several processes each scores its share.
     """
     encode = Encode.of(setup.processor, stage)
     batch = dataclasses.replace(stage.batch, accumulate=1)
     layout = Layout.of(encode.processor, two_way=setup.config.model.two_way)
     packer, rows = FirstFitPacker(batch), []
-    for index, conversation in enumerate(found):
+    for index in range(processes.index(), len(found), processes.count()):
+        conversation = found[index]
         try:
             example = dataclasses.replace(encode(conversation), source="preferences", preference=index)
         except UserError:
@@ -187,24 +218,30 @@ def log_probs(setup: Setup, stage: Stage, params: dict[str, Any], found: list[Co
         arrays = collate(part, batch, layout, {"preferences": 0})
         index, used = arrays["preference"], arrays["preference"] >= 0
         result[index[used]] = np.asarray(score(params, arrays))[used]
-    return result
+    everyone = processes.gather(result.tolist())
+    scored = [everyone[k % len(everyone)][k] for k in range(len(found))]
+    return np.array(scored, np.float32).reshape(-1, 2)
 
 
 def _answers(setup: Setup, params: dict[str, Any], asked: list[Conversation]) -> list[list[Part]]:
-    """Greedy answers to conversations that end with the right answer."""
+    """Greedy answers to conversations that end with the right answer; of several processes each asks its share."""
     from mm_jax.lm import LanguageModel  # not needed by the other stages
 
     lm = LanguageModel(setup.model_config, params, setup.processor)
-    prompts: list[tuple[Message, ...]] = [c.messages[:-1] for c in asked]
+    mine = asked[processes.index() :: processes.count()]
+    prompts: list[tuple[Message, ...]] = [c.messages[:-1] for c in mine]
     distinct = {answer_text(c.messages[-1].parts): c for c in asked}
     answers = [setup.processor.example(c, media=False) for c in list(distinct.values())[:100]]
     longest = max(int((example.loss_weights > 0).sum()) for example in answers) + LONGER
     found: list[list[Part]] = []
-    for start in tqdm(range(0, len(prompts), ROWS), desc="own answers", disable=None, leave=False):
+    quiet = None if processes.is_first() else True
+    for start in tqdm(range(0, len(prompts), ROWS), desc="own answers", disable=quiet, leave=False):
         chunk = prompts[start : start + ROWS]
         # The last batch is filled up, so that its shape needs no program of its own.
         found += lm.answer(chunk + chunk[-1:] * (ROWS - len(chunk)), longest)[: len(chunk)]
-    return found
+    everyone = processes.gather([to_json(tuple(parts)) for parts in found])
+    said = [everyone[k % len(everyone)][k // len(everyone)] for k in range(len(asked))]
+    return [list(from_json(tuple[Text | Box, ...], parts)) for parts in said]
 
 
 def _to_json(pair: Conversation, directory: Path) -> dict[str, Any]:

@@ -43,6 +43,26 @@ def write_config(path: Path, base: Path, steps: int, every: int, pause: float = 
     return path
 
 
+PREFERENCE = """
+import dataclasses, runpy
+
+
+def get_config():
+    config = runpy.run_path({base!r})["get_config"]()
+    stage = config.stages["prefer"]
+    batch = dataclasses.replace(stage.batch, streams=2)
+    preference = dataclasses.replace(stage.preference, questions=7)
+    stage = dataclasses.replace(stage, batch=batch, preference=preference)
+    return dataclasses.replace(config, stages={{"prefer": stage}}, log_every=1)
+"""
+
+
+def write_preference(path: Path, base: Path) -> Path:
+    """The stage of the tiny run that makes its pairs itself, with an odd number of questions."""
+    path.write_text(PREFERENCE.format(base=str(base)))
+    return path
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

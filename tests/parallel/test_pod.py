@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from pod import Pod, write_config
+from pod import Pod, write_config, write_preference
 
 from mm_jax.checkpoint.run import latest, load_params
 from mm_jax.train.metrics import read_metrics
@@ -151,6 +151,22 @@ def test_the_saved_state_of_the_data_has_all_streams(directory: Path, alone: Pat
     path = alone / "checkpoints" / "align" / str(STEPS) / "data" / "metadata"
     state = json.loads(path.read_text())
     assert len(state["streams"]) == 4 and state["first"] == 0
+
+
+def test_preference_pairs_of_two_processes_are_those_of_one(directory: Path) -> None:
+    """Each asks and scores its share: 7 questions, one more for the first."""
+    config, made = write_preference(directory / "prefer.py", directory / "base.py"), []
+    for count in (1, 2):
+        pod = Pod(config, directory / f"prefer{count}", count, 2 // count)
+        assert pod.wait() == [0] * count, pod.text()
+        found = pod.run / "preferences" / "prefer"
+        made.append(
+            (np.load(found / "reference.npy"), (found / "preferences.jsonl").read_text(), losses(pod.run))
+        )
+    (one, pairs, curve), (two, same, other) = made
+    assert pairs == same and len(pairs.splitlines()) == len(one) >= 5
+    np.testing.assert_allclose(one, two, atol=1e-5)
+    np.testing.assert_allclose(curve, other, rtol=1e-5, atol=1e-5)
 
 
 def test_processes_evaluate_together_though_one_has_no_question(directory: Path, alone: Path) -> None:
