@@ -6,12 +6,13 @@ python -m mm_jax.bench_torch SPEC.json writes {"seconds": [...], "memory": bytes
 """
 
 import json
-import resource
 import sys
 import time
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from mm_jax.resident import peak_resident
 
 
 def main(path: str) -> None:
@@ -48,17 +49,12 @@ def main(path: str) -> None:
         optimizer.step()
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else _resident()
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()
     print(
         json.dumps(
             {"seconds": seconds, "memory": memory, "parameters": sum(p.numel() for p in model.parameters())}
         )
     )
-
-
-def _resident() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

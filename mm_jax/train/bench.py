@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +10,7 @@ import jax
 import numpy as np
 
 from mm_jax.errors import UserError
+from mm_jax.resident import peak_resident
 from mm_jax.train import metrics
 from mm_jax.train.ahead import abstract_batch, training_step
 from mm_jax.train.config import RunConfig
@@ -127,5 +126,4 @@ def device_memory() -> float:
     stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return float(stats["peak_bytes_in_use"])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return float(peak_resident())

@@ -18,11 +18,9 @@ VALUES = {
 }  # fmt: skip
 
 LOAD = """
-import resource, sys, jax
+import sys, jax
 from mm_jax.checkpoint.hf import load_hf
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from mm_jax.resident import peak_resident as peak
 
 jax.numpy.zeros(3).block_until_ready()
 before = peak()

@@ -153,3 +153,12 @@ def test_a_table_of_speeds() -> None:
     assert text.splitlines()[-1] == (
         "| mm_jax | 0.500 s | 0.400 to 0.600 s | 2048 | 8.00 | 50% | 2.00 GB | 3.0 s |"
     )
+
+
+def test_the_memory_of_a_process_is_its_own() -> None:
+    """A small process that this one starts, with 300 MB more than it needs, has a small peak."""
+    ballast = bytearray(b"x") * (300 << 20)
+    code = "from mm_jax.resident import peak_resident; print(peak_resident())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and 5e6 < int(done.stdout) < 2e8 < len(ballast)
