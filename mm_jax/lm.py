@@ -16,7 +16,7 @@ from mm_jax.data.example import TAPS, Example
 from mm_jax.data.messages import Audio, Conversation, Image, Message, Part, Text, messages_from_json
 from mm_jax.data.packing import Layout
 from mm_jax.data.pretrained import PretrainedProcessor
-from mm_jax.errors import UserError
+from mm_jax.errors import UserError, nearest
 from mm_jax.families.media import layout_of
 from mm_jax.inference.arrays import batch_of
 from mm_jax.inference.attention import extended, reading_weights
@@ -29,6 +29,7 @@ from mm_jax.inference.sampling import Sampling
 from mm_jax.inference.session import ChatSession
 from mm_jax.inference.text import answer_ids, render
 from mm_jax.models import Execution, MultimodalConfig, MultimodalLM
+from mm_jax.models.quantised import WEIGHTS, Quantised, Weights, quantised
 from mm_jax.parallel.rules import Rules, place
 from mm_jax.tower import Tower
 
@@ -339,6 +340,7 @@ def load(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules = Rules(),
+    weights: Weights = "float",
 ) -> LanguageModel | Tower:
     """The model of a Hugging Face directory (one with a model_type in its config.json), or of a run.
 
@@ -348,23 +350,29 @@ def load(
         without, but float16 is computed with in float32.
       mesh: of `mm_jax.parallel.mesh.make_mesh`, for a Hugging Face checkpoint; the first device without.
       rules: how parameters, activations and KV cache lie on it.
+      weights: "int8" or "int4" for the decoder's large kernels as integers with factors, to answer with; see
+        `mm_jax.models.quantised.quantised`.
 
     Returns:
       A `LanguageModel`, or a `Tower` for the checkpoint of an encoder alone.
 
     Raises UserError: no checkpoint there, an unknown stage, an unknown family, or tensors that do not fit.
     """
+    if weights not in WEIGHTS:
+        raise UserError(f'weights are "{weights}"{nearest(weights, WEIGHTS)}; there are {", ".join(WEIGHTS)}')
     if is_hf(path):
         if stage is not None:
             raise UserError(f"{path} is a Hugging Face checkpoint and has no stages")
         checkpoint, params = load_hf(path, dtype, None if mesh is None else place(mesh, rules))
         system = checkpoint.system
         if not isinstance(system.config, MultimodalConfig):
+            if weights != "float":
+                raise UserError(f"{path} holds an encoder alone; integers are for the decoder's weights")
             return Tower(checkpoint, params)
         execution = Execution(mesh, rules.axes())
         return LanguageModel(
             system.config,
-            params,
+            quantised(params, weights),
             checkpoint=checkpoint,
             max_length=system.text.max_length,
             execution=execution,
@@ -379,12 +387,13 @@ def load(
     if is_kept(kept):
         checkpoint = open_kept(kept, config.model)
         longest = checkpoint.system.text.max_length
+    params = quantised(params, weights)
     return LanguageModel(config.model, params, processor, checkpoint=checkpoint, max_length=longest)
 
 
-def load_lm(path: str | Path, stage: str | None = None) -> LanguageModel:
+def load_lm(path: str | Path, stage: str | None = None, weights: Weights = "float") -> LanguageModel:
     """`load` for those who want answers. Raises UserError for the checkpoint of an encoder alone."""
-    lm = load(path, stage)
+    lm = load(path, stage, weights=weights)
     if not isinstance(lm, LanguageModel):
         raise UserError(f"{path} holds an encoder alone ({lm.family}), and no language model")
     return lm
@@ -399,9 +408,15 @@ def save(lm: LanguageModel | Tower, directory: str | Path, format: str = "hf") -
     """
     if format != "hf":
         raise UserError(f'format is "{format}"; "hf" is the one that there is')
+    if any(isinstance(x, Quantised) for x in jax.tree.leaves(lm.params, is_leaf=_whole)):
+        raise UserError("weights that were made integers cannot be saved; load the model without")
     if lm.checkpoint is None:
         raise UserError("this model belongs to no Hugging Face family, so it has no such checkpoint")
     save_hf(directory, lm.checkpoint, lm.params)
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, Quantised)
 
 
 def _role(message: dict | Message) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_jax.cli.parser import Parser, add_sampling
+from mm_jax.cli.parser import Parser, add_sampling, add_weights
 from mm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=32, metavar="ROWS", help="conversations at a time (32)")
     add_sampling(parser)
+    add_weights(parser)
     options = parser.parse_args(argv)
     if (options.prompt is None) == (options.data is None):
         raise UserError("give either --prompt or --data")
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         if not options.prompt.strip():
             raise UserError("the question is empty")
         prompts = [("", (user_message(options.prompt, options.image, options.audio),))]
-    lm = load_lm(options.run, options.stage)
+    lm = load_lm(options.run, options.stage, options.weights)
     try:
         out = open(options.out, "w", encoding="utf-8") if options.out else sys.stdout
     except OSError as error:

@@ -42,6 +42,14 @@ def add_together(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", dest=name, metavar=value, help=text)
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """How the decoder's weights lie in memory."""
+    parser.add_argument(
+        "--weights", default="float", metavar="KIND",
+        help="float, or the decoder's kernels as int8 or int4: less memory, a little less exact (float)",
+    )  # fmt: skip
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The options of `Sampling` and the length of answers."""
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (64)")

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_jax.cli.parser import Parser
+from mm_jax.cli.parser import Parser, add_weights
 from mm_jax.errors import UserError
 
 
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--drain", type=float, default=30, metavar="S", help="time for answers to end after SIGTERM (30)"
     )
+    add_weights(parser)
     options = parser.parse_args(argv)
     if not 0 < options.port < 2**16:
         raise UserError(f"--port is {options.port}; it must be 1 to 65535")
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("mm_jax.serve").setLevel(logging.INFO)
     enable_compilation_cache()
-    app = build(load_lm(options.run, options.stage), settings)
+    app = build(load_lm(options.run, options.stage, options.weights), settings)
     print(f"{settings.model} on http://{options.host}:{options.port}", flush=True)
     server = uvicorn.Server(
         uvicorn.Config(

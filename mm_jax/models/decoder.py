@@ -14,6 +14,7 @@ from mm_jax.models.cross import Context, CrossBlock, KeysValues
 from mm_jax.models.execution import Execution
 from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.layers import MLP, NORMS, Activation, Attention, AttentionStart, Norm, sinusoids, stack
+from mm_jax.models.quantised import Dense
 from mm_jax.models.rotary import RopeScaling, Rotation, channel_axes, log_growth, rotation, text_lengths
 
 
@@ -298,7 +299,7 @@ class Decoder(nn.Module):
         if c.final_norm:
             self.norm = NORMS[c.norm](c.norm_eps, self.dtype, None)
         if not c.tie_embeddings:
-            self.head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
+            self.head = Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, D]."""

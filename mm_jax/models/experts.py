@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from mm_jax.models.layers import ACTIVATIONS, CLOSED, OPEN, Activation
+from mm_jax.models.quantised import stored
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Experts(nn.Module):
             name: str, inputs: jax.Array, features: int, init: nn.initializers.Initializer
         ) -> jax.Array:
             shape = (c.num_experts, inputs.shape[-1], features)
-            kernel = self.param(name, init, shape).astype(self.dtype)
+            kernel = stored(self, name)
+            kernel = self.param(name, init, shape) if kernel is None else kernel.floats(self.dtype)
+            kernel = kernel.astype(self.dtype)
             return jax.lax.ragged_dot(inputs, kernel, sizes)
 
         sorted_tokens = jnp.take(tokens, order // c.num_chosen, axis=0).astype(self.dtype)

@@ -13,6 +13,7 @@ from einops import rearrange, repeat
 
 from mm_jax.models.attention import DECODER, ENCODER, Axes, Mask, attention, attention_weights, write_slots
 from mm_jax.models.execution import Execution
+from mm_jax.models.quantised import Dense
 from mm_jax.models.rotary import Rotation, rotate
 
 UNROLLED_ON_CPU = 8  # layers
@@ -221,9 +222,9 @@ class Attention(nn.Module):
             kernels = mimetic_kernels(self.make_rng("params"), *shape)
             first = {name: lambda *_, kernel=kernel: kernel for name, kernel in kernels.items()}
 
-        def dense(name: str, features: int, use_bias: bool) -> nn.Dense:
+        def dense(name: str, features: int, use_bias: bool) -> Dense:
             kernel_init = first.get(name, OPEN)
-            return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=kernel_init, name=name)
+            return Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=kernel_init, name=name)
 
         def adapted(name: str, x: jax.Array, **features: int) -> dict[str, jax.Array]:
             if not self.adapter_rank:
@@ -309,7 +310,7 @@ class MLP(nn.Module):
         def dense(
             name: str, x: jax.Array, features: int, init: nn.initializers.Initializer = OPEN
         ) -> jax.Array:
-            out = nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name)(x)
+            out = Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name)(x)
             if not self.adapter_rank:
                 return out
             adapter = MediaAdapter(self.adapter_rank, self.adapter_scale, self.dtype, name=f"{name}_adapter")
