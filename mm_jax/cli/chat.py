@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from mm_jax.cli.parser import Parser, add_sampling
+from mm_jax.cli.parser import Parser, add_sampling, add_weights
 from mm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -42,13 +42,15 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--draw", metavar="PNG", help="draw the boxes of an answer into its picture")
     add_sampling(parser)
+    add_weights(parser)
     options = parser.parse_args(argv)
 
     from mm_jax.inference.sampling import Sampling  # after --help: this imports jax
     from mm_jax.lm import load_lm
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    chat = Chat(load_lm(options.run, options.stage), sampling, options.max_new_tokens, options.draw)
+    lm = load_lm(options.run, options.stage, options.weights)
+    chat = Chat(lm, sampling, options.max_new_tokens, options.draw)
     for path in options.image:
         chat.attach("/image", path)
     for path in options.audio:

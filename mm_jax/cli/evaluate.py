@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_jax.cli.arguments import together
-from mm_jax.cli.parser import Parser, add_together
+from mm_jax.cli.parser import Parser, add_together, add_weights
 from mm_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="longest answer (48)")
     parser.add_argument("--no-blank", action="store_true", help="skip the blanked model")
     parser.add_argument("--out", metavar="DIR", help="where the files go (default: the run directory)")
+    add_weights(parser)
     add_together(parser)
     options = parser.parse_args(argv)
     for name in ("limit", "batch", "max_new_tokens"):
@@ -60,7 +61,7 @@ def evaluate(options: argparse.Namespace) -> int:
     config = read_config(options.run)
     sources = held_out(config, options.split, options.sources, options.data)
     enable_compilation_cache()
-    lm = load_lm(options.run, options.stage)
+    lm = load_lm(options.run, options.stage, options.weights)
     questions = runner.read_questions(sources, options.limit)
     count = processes.count()
     mine = questions[processes.index() :: count]
@@ -75,6 +76,7 @@ def evaluate(options: argparse.Namespace) -> int:
         for k in range(2)
     )
     about = {"run": config.name} | checkpoint_of(options.run, config, options.stage)
+    about |= {} if options.weights == "float" else {"weights": options.weights}
     about |= {"data": options.data} if options.data else {"split": options.split}
     scores = about | runner.score(answers, blanked)
     out = Path(options.out or options.run)

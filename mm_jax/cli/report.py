@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     enable_compilation_cache()
     path = write_report(
         options.run,
-        load_lm(options.run, scores.get("stage")),
+        load_lm(options.run, scores.get("stage"), scores.get("weights", "float")),
         sources,
         samples=options.samples,
         out=options.out,

@@ -242,7 +242,9 @@ def _wav(part: Audio) -> str:
 
 def _caption(scores: dict[str, Any]) -> str:
     pieces = [
-        f"{name} {scores[name]}" for name in ("stage", "step", "split") if scores.get(name) not in (None, "")
+        f"{name} {scores[name]}"
+        for name in ("stage", "step", "split", "weights")
+        if scores.get(name) not in (None, "")
     ]
     return ", ".join(pieces)
 
