@@ -359,7 +359,7 @@ def load(
     Raises UserError: no checkpoint there, an unknown stage, an unknown family, or tensors that do not fit.
     """
     if weights not in WEIGHTS:
-        raise UserError(f'weights are "{weights}"{nearest(weights, WEIGHTS)}; there are {", ".join(WEIGHTS)}')
+        raise UserError(f'weights are "{weights}"{nearest(weights, WEIGHTS)}')
     if is_hf(path):
         if stage is not None:
             raise UserError(f"{path} is a Hugging Face checkpoint and has no stages")

@@ -84,6 +84,31 @@ def test_generate_a_file(run, files, tmp_path, capsys):
     assert "gone.png: no such file" in printed.err.splitlines()[-1]
 
 
+def test_integer_weights(run, files, tmp_path, capsys):
+    question = ["--image", f"{files}/0.png", "--prompt", "what colour", "--max-new-tokens", "8"]
+    exact = mm_jax.load(run).chat([user("what colour", (0,))], 8)
+    answer = mm_jax.load(run, weights="int4").chat([user("what colour", (0,))], 8)
+    assert answer != exact  # random weights: the two differ more than likely tokens do
+    assert main(["generate", run, *question, "--weights", "int4"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == answer
+    assert main(["chat", run, *question, "--weights", "int4"]) == 0
+    assert capsys.readouterr().out.strip() == answer
+    data = [
+        "--data",
+        f"{files}/questions.jsonl",
+        "--no-blank",
+        "--out",
+        str(tmp_path),
+        "--max-new-tokens",
+        "6",
+    ]
+    assert main(["evaluate", run, *data, "--weights", "int4"]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["weights"] == "int4"
+    assert 'weights are "int9"; did you mean "int8"?' in fails(
+        capsys, "generate", run, *question, "--weights", "int9"
+    )
+
+
 def test_chat_from_a_pipe(run, files, typed, capsys):
     typed("what colour", f"/audio {files}/1.wav", "which word", "", "/reset", "how many")
     assert main(["chat", run, "--image", f"{files}/0.png", "--max-new-tokens", "8"]) == 0
