@@ -29,6 +29,8 @@ COLUMNS = {
     "preprocessing": "preprocessing, largest error",
     "round trip": "round trip",
 }
+# where there are no gradients of a reference: against differences of our own forward
+DIFFERENCES = "by differences"
 
 Found = dict[str, dict[str, list]]  # as of `tests.parity.record`
 
@@ -38,11 +40,17 @@ def table(found: Mapping[str, Mapping[str, list]]) -> str:
 
     >>> print(table({"llama": {"logits": [1e-6, 3e-6], "greedy": [True]}}).splitlines()[-1])
     | `llama` | 3.0e-06 | | equal | | |
+    >>> print(table({"qwen": {"differences": [1e-6]}}).splitlines()[-1])
+    | `qwen` | | 1.0e-06 by differences | | | |
     """
     lines = [f"| `model_type` | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for family in sorted(found):
-        cells = [_cell(found[family].get(column, [])) for column in COLUMNS]
-        lines.append(f"| `{family}` |" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
+        cells = {column: _cell(found[family].get(column, [])) for column in COLUMNS}
+        if not cells["gradient"] and (cell := _cell(found[family].get("differences", []))):
+            cells["gradient"] = f"{cell} {DIFFERENCES}"
+        lines.append(
+            f"| `{family}` |" + "|".join(f" {cell} " if cell else " " for cell in cells.values()) + "|"
+        )
     return "\n".join(lines)
 
 

@@ -42,6 +42,10 @@ def test_matches_the_authors_code(case, batch, tmp_path):
     case.check_saving(tmp_path)
 
 
+def test_gradients(case, batch):
+    case.check_gradients(batch)
+
+
 def test_which_positions_patches_take(case):
     table = case["out/bucket_table_70"]
     for count in range(1, 71):

@@ -47,6 +47,11 @@ def test_matches_the_authors_code(case, tmp_path):
     case.check_saving(tmp_path)
 
 
+def test_gradients(case):
+    """The table of positions is none that is trained."""
+    case.check_gradients(case.batch(), fixed=("image_projector/positions",))
+
+
 def test_pictures(case):
     case.same_pixels(case.lm.checkpoint.rule.images(case.images())["pixel_values"], "in/pixel_values")
 
