@@ -45,4 +45,5 @@ class Tower:
 
     def apply(self, params: Any, batch: dict) -> jax.Array:
         """Features [n, tokens, channels], the reference's `last_hidden_state`, maps row by row. Pure and jittable."""
-        return self.model.apply({"params": params}, *(batch[name] for name in dummy_inputs(self.config)))
+        found = self.model.apply({"params": params}, *(batch[name] for name in dummy_inputs(self.config)))
+        return found[0] if isinstance(found, tuple) else found  # without the states for a decoder's layers

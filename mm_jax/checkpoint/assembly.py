@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from jax.sharding import Sharding
 from mm_jax.checkpoint.hf import Opened, open_hf, read_weight
 from mm_jax.errors import UserError
 from mm_jax.families import Weight
-from mm_jax.models import MultimodalConfig, ViTConfig
+from mm_jax.models import MultimodalConfig, NativeViTConfig, ViTConfig
 from mm_jax.models.encoders import AudioConfig, VisionConfig
 
 KINDS = {"vision": VisionConfig, "audio": AudioConfig}
@@ -60,8 +61,14 @@ def open_part(directory: str | Path, name: str) -> Part:
 
 
 def model_of(model: MultimodalConfig, parts: Mapping[str, Part], vocab_size: int) -> MultimodalConfig:
-    """`model` with the parts in their places; the vocabulary has at least vocab_size tokens."""
+    """`model` with the parts in their places; the vocabulary has at least vocab_size tokens.
+
+    A tower of patches that are not merged by its own system gets them as the projector merges them.
+    """
     found: dict[str, Any] = {name: part.config for name, part in parts.items()}
+    vision, (count, other) = found.get("vision"), model.image_projector.merge
+    if isinstance(vision, NativeViTConfig) and vision.merge == other == 1:
+        found["vision"] = dataclasses.replace(vision, merge=math.isqrt(count))
     decoder = found["decoder"]
     found["decoder"] = dataclasses.replace(decoder, vocab_size=max(decoder.vocab_size, vocab_size))
     return dataclasses.replace(model, **found)

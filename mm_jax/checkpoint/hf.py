@@ -27,7 +27,14 @@ from mm_jax.errors import UserError, nearest
 from mm_jax.families import ARCHITECTURES, FAMILIES, Family, Names, System, Weight
 from mm_jax.families.fields import token_ids
 from mm_jax.families.media import media_rule
-from mm_jax.models import MultimodalConfig, MultimodalLM, dummy_batch, dummy_inputs, encoder
+from mm_jax.models import (
+    MultimodalConfig,
+    MultimodalLM,
+    NativeViTConfig,
+    dummy_batch,
+    dummy_inputs,
+    encoder,
+)
 
 INDEX = "model.safetensors.index.json"
 SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # besides weights
@@ -171,6 +178,8 @@ def abstract_params(config: Any) -> dict[str, tuple[int, ...]]:
         init, inputs = MultimodalLM(config).init, [dummy_batch(config)]
     else:
         init, inputs = encoder(config).init, list(dummy_inputs(config).values())
+        if isinstance(config, NativeViTConfig):  # whose patches stand in rows
+            inputs = [array[None] for array in inputs]
     shapes = jax.eval_shape(init, jax.random.key(0), *inputs)["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
 

@@ -7,17 +7,21 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from mm_jax.checkpoint import safetensors
 from mm_jax.checkpoint.assembly import Part
 from mm_jax.checkpoint.hf import HFCheckpoint, stop_ids
 from mm_jax.checkpoint.kept import is_kept
+from mm_jax.checkpoint.safetensors import Entry
 from mm_jax.data.frame_rule import MEL, FrameAudio
 from mm_jax.data.joined_rule import BOXES, JoinedRule
 from mm_jax.data.media_rule import FixedImage, MediaRule, Settings
 from mm_jax.data.mel_rule import RATE, MelAudio
+from mm_jax.data.naflex_rule import NaflexRule
 from mm_jax.data.native_rule import NativeRule
 from mm_jax.data.pixels import PixelRule
 from mm_jax.data.pretrained import PretrainedProcessor
@@ -40,6 +44,8 @@ MEDIA = {"image": "<image>", "audio": "<audio>"}
 ENCODERS = {"image": "vision", "audio": "audio"}
 SETTINGS = {"image": "image_processor", "audio": "feature_extractor"}  # as processor_config.json calls them
 IDS = "special_ids.json"
+PARTS = "parts.json"  # the config.json of each part
+LEFT = "left.safetensors"  # of a vision tower: its last norm, which may not be computed with
 FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json",
@@ -79,8 +85,21 @@ def write_pretrained(parts: Mapping[str, Part], directory: Path) -> None:
     }
     pad = None if decoder.system.text is None else decoder.system.text.pad_id
     stops = stop_ids(decoder.directory, decoder.system)
-    for name, values in (("processor_config.json", settings), (IDS, {"stop": list(stops), "pad": pad})):
+    kept = {name: part.opened.values for name, part in parts.items()}
+    for name, values in (
+        ("processor_config.json", settings),
+        (IDS, {"stop": list(stops), "pad": pad}),
+        (PARTS, kept),
+    ):
         (directory / name).write_text(json.dumps(values, indent=2) + "\n")
+    if "vision" in parts:
+        tensors = parts["vision"].opened.tensors
+        last = {name: tensors[name].map() for name in tensors if "post_layernorm." in name}
+        entries = [
+            Entry(name[name.index("post_layernorm.") :], x.dtype, x.shape, partial(np.asarray, x))
+            for name, x in last.items()
+        ]
+        safetensors.write(directory / LEFT, entries)
 
 
 def processor_of(checkpoint: HFCheckpoint, model: MultimodalConfig) -> PretrainedProcessor:
@@ -143,7 +162,8 @@ def image_rule(settings: Settings, token_id: int, model: MultimodalConfig) -> Me
                 f"model.image_projector is {projector.kind} with merge {projector.merge}; a tower of patches needs "
                 f"linear or mlp with merge {merge}"
             )
-        return NativeRule(
+        of_patches = NaflexRule if vision.smooth_table else NativeRule
+        return of_patches(
             settings,
             tokens={"image": token_id},
             layout=patch_layout(vision),

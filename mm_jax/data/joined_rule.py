@@ -61,3 +61,6 @@ class JoinedRule(MediaRule):
 
     def framing(self, size: tuple[int, int]) -> Transform:
         return self.rules["image"].framing(size)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        return self.rules["image"].grid(size)

@@ -127,6 +127,8 @@ class MediaRule:
         complete.
       ignored: arrays of the reference's processor that hold nothing new.
       placeholders: what chat templates write for a picture, clip or video, where it is not the media token itself.
+      shared: kinds of media whose features stand at the token of another kind, such as {"video": "image"}: in arrays of
+        the reference they are among those of that kind.
       joined: for chat templates that take texts alone: what stands between the parts of a message, of which media are
         placeholders. None for those that take parts.
     """
@@ -135,6 +137,7 @@ class MediaRule:
     names: Mapping[str, tuple[str, ...]] = {}
     ignored: tuple[str, ...] = ("token_type_ids", "mm_token_type_ids")
     placeholders: Mapping[str, str] = {}
+    shared: Mapping[str, str] = {}
     joined: str | None = None
     pieces = ""
     taps = False
@@ -217,6 +220,10 @@ class MediaRule:
         """Where the pixels of a picture of (width, height) are in the picture that the encoder gets; the whole of it
         unless a system says otherwise."""
         return Transform(size, (1.0, 1.0), (0, 0), size)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """(rows, columns) of the media tokens of a picture of (width, height), where they follow from its size."""
+        return None
 
     def write_box(self, box: Box, transform: Transform) -> str:
         """A box of a message in the text format of this system."""

@@ -381,6 +381,10 @@ def _part_to_json(part: Part) -> dict:
         return {"type": "text", "text": part.text}
     if isinstance(part, Box):
         return {"type": "box", "box": list(part.box), "image": part.image}
+    if isinstance(part, Video):
+        several = isinstance(part.source, list | np.ndarray)
+        source = [_image_url(frame) for frame in part.source] if several else _image_url(part.source)
+        return {"type": "video", "video": source} | ({} if part.rate is None else {"fps": part.rate})
     if isinstance(part, Image):
         item = {"type": "image", "image": _image_url(part.source)}
     elif isinstance(part.source, str):

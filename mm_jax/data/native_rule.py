@@ -113,6 +113,11 @@ class NativeRule(MediaRule):
         rows, columns = self.pixels.size(size[1], size[0])
         return Transform(size, (columns / size[0], rows / size[1]), (0, 0), (columns, rows))
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = self.pixels.size(size[1], size[0])
+        side = self.patch * self.layout.merge
+        return height // side, width // side
+
     def write_box(self, box: Box, transform: Transform) -> str:
         return self.boxes.write(box, transform)
 

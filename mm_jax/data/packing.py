@@ -66,6 +66,7 @@ class Layout:
     image_labels: (patches, label words) and audio_labels: (positions, label words) of the dense targets;
         None: the batch has none.
     names: the batch has an array of that name.
+    image_grid: (rows, columns) of the features of an image slot; zeros where they stand for no places.
     patches: how patches stand, of models that take pictures of any size; an image slot then is one patch.
     two_way: which tokens the array `blocks` joins, see `blocks_of`; "none": there is no such array.
     shares: into which the features of an image slot are divided in the array `seen`, for decoders that read features
@@ -83,6 +84,7 @@ class Layout:
     image_labels: tuple[int, int] | None = None
     audio_labels: tuple[int, int] | None = None
     names: bool = False
+    image_grid: tuple[int, int] = (0, 0)
     patches: PatchLayout | None = None
     two_way: str = "none"
     shares: int = 0
@@ -106,7 +108,7 @@ class Layout:
         """The layout of what `Processor.example(..., targets=targets, names=names)` makes, or a `PretrainedProcessor`
         that knows it."""
         if (known := getattr(processor, "layout", None)) is not None:
-            return known
+            return dataclasses.replace(known, names=names)
         return cls.of_config(
             processor.config, processor.pad_id, targets=targets, names=names, two_way=two_way
         )

@@ -25,11 +25,13 @@ class PatchLayout:
       merge: side in patches of the square that becomes one token.
       window: side in patches of an attention window, a multiple of merge; 0: there are none.
       table_side: side of the learned table of positions; 0: there is none.
+      smooth: it is stretched with antialiasing, see `table_shares`.
     """
 
     merge: int
     window: int = 0
     table_side: int = 0
+    smooth: bool = False
 
     @property
     def block(self) -> int:
@@ -53,7 +55,9 @@ class PatchLayout:
             ("patch_segment_ids", (), "int32"),
             ("patch_positions", (2,), "int32"),
         ]
-        if self.table_side:
+        if self.smooth:
+            names.append(("patch_table_weights", (2, self.table_side), "float32"))
+        elif self.table_side:
             names += [("patch_table_index", (4,), "int32"), ("patch_table_weights", (4,), "float32")]
         return tuple(names)
 
@@ -66,7 +70,8 @@ class Placed:
       order: int32 [P], the number of the patch in a slot, -1 for padding.
       frames: int32 [P], its frame from 1 on, 0 for padding.
       positions: int32 [P, 2], its row and column.
-      table_index, table_weights: int32, float32 [P, 4], see `table_mix`; None without a table.
+      table_index, table_weights: int32, float32 [P, 4], see `table_mix`; None without a table. Of a smooth one None and
+        float32 [P, 2, side], see `table_shares`.
       features: int32 [tokens], the feature, of 0 to F - 1, that each token takes.
     """
 
@@ -107,7 +112,9 @@ def place(grid: Grid, layout: PatchLayout) -> Placed:
     row = square // (columns // m) * m + inner // m
     column = square % (columns // m) * m + inner % m
     index = weights = None
-    if layout.table_side:
+    if layout.smooth:
+        weights = table_shares(row, column, (rows, columns), layout.table_side)
+    elif layout.table_side:
         index, weights = table_mix(row, column, (rows, columns), layout.table_side)
     heads = order[:: m * m]  # the first patch of each feature's square
     features = np.argsort(np.where(heads < 0, order.size, heads), kind="stable")[: layout.num_tokens(grid)]
@@ -142,6 +149,24 @@ def table_mix(
     return index.astype(np.int32), weights.astype(np.float32)
 
 
+def table_shares(row: np.ndarray, column: np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
+    """How a side x side table is stretched over size = (rows, columns), bilinearly with antialiasing, pixel centres on
+    pixel centres (reference: Siglip2VisionEmbeddings.resize_positional_embeddings).
+
+    Returns:
+      float32 [P, 2, side], what each patch takes of each row and of each column of the table.
+    """
+
+    def shares(index: np.ndarray, length: int) -> np.ndarray:
+        scale = np.float32(side) / np.float32(length)
+        centre = (index.astype(np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+        distance = np.abs(np.arange(side, dtype=np.float32) - centre[:, None]) / max(scale, np.float32(1))
+        found = np.maximum(1 - distance, 0)
+        return found / found.sum(-1, keepdims=True)
+
+    return np.stack([shares(row, size[0]), shares(column, size[1])], axis=1).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Medium:
     """One picture or video.
@@ -168,7 +193,9 @@ def slots(medium: Medium, layout: PatchLayout) -> tuple[dict[str, np.ndarray], n
     }
     arrays["patches"][real] = medium.patches[p.order[real]]
     if layout.table_side:
-        arrays |= {"patch_table_index": p.table_index, "patch_table_weights": p.table_weights}
+        arrays["patch_table_weights"] = p.table_weights
+    if p.table_index is not None:
+        arrays["patch_table_index"] = p.table_index
     return arrays, p.features
 
 

@@ -235,7 +235,8 @@ class PretrainedProcessor:
         return decode_audio(source, self.rule.sample_rate, rate)
 
     def _example(self, text: str, items: Items, transforms: list[Transform], **names: str) -> Example:
-        text, spans = unmark(self._expand(text, items))
+        text, items = self._expand(text, items)
+        text, spans = unmark(text)
         ids, places = self._encode(text)
         weights = np.zeros(len(ids), np.float32)
         for start, end in spans:
@@ -286,11 +287,11 @@ class PretrainedProcessor:
             found = found.replace(token, "")
         return found
 
-    def _expand(self, text: str, items: Items) -> str:
-        """The text with media tokens for each placeholder."""
+    def _expand(self, text: str, items: Items) -> tuple[str, Items]:
+        """The text with media tokens for each placeholder, and the items by the kind whose token they have."""
         placeholders = {self.rule.placeholders.get(kind, token): kind for kind, token in self._tokens.items()}
         if not placeholders:
-            return text
+            return text, items
         left = {kind: list(reversed(items.get(kind, ()))) for kind in self._tokens}
         pieces = re.split("(" + "|".join(map(re.escape, placeholders)) + ")", text)
         for kind, media in left.items():
@@ -300,12 +301,33 @@ class PretrainedProcessor:
                     f"{len(media)} of {_NAMES[kind]} in the messages, but the text has {count} of their placeholders",
                     "placeholder_mismatch",
                 )
+        placed: Items = {}
         for k in range(1, len(pieces), 2):
             kind = placeholders[pieces[k]]
             item = left[kind].pop()
+            placed.setdefault(self.rule.shared.get(kind, kind), []).append(item)
             written = item.text or MEDIA * len(item.index)
             pieces[k] = written.replace(MEDIA, self._tokens[kind])
-        return "".join(pieces)
+        return "".join(pieces), placed
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the media tokens of a picture of (width, height), over what the encoder gets of it.
+
+        Raises UserError where they have no place, as learned queries.
+        """
+        found = self.rule.grid(size) or (self.layout.image_grid if self.layout else (0, 0))
+        if not all(found):
+            raise UserError("media tokens of this model stand for no places of a picture")
+        return found
+
+    def name_id(self, word: str) -> int:
+        """The token that begins the name in a label word, inside of a sentence; -1 for a word that is none (see
+        `mm_jax.data.messages.Region`)."""
+        name = word.rpartition("_")[2]
+        if word.startswith("_") or not name:
+            return -1
+        ids, places = self.tokenizer.encode_places(f"a {name}")
+        return next(token for token, (_, end) in zip(ids, places, strict=True) if end > len("a "))
 
     def preprocess(self, images: Sequence = (), audio: Sequence = (), videos: Sequence = ()) -> Arrays:
         """The media arrays alone, as the reference's processor returns them.
@@ -363,6 +385,8 @@ def assemble(
     """
     placed: list[tuple[int, Item, np.ndarray]] = []
     for kind, token in rule.tokens.items():
+        if kind in rule.shared:
+            continue
         places, found = np.flatnonzero(tokens == token), items.get(kind, ())
         ends = np.cumsum([0] + [len(item.index) for item in found])
         if ends[-1] != len(places):

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from mm_jax.data.image import Transform
 from mm_jax.data.media_rule import MEDIA, Arrays, FixedImage, Item, MediaRule, Settings, channels_last
 from mm_jax.data.messages import Box, Part, Text
 from mm_jax.data.pieces import tiles
-from mm_jax.data.pixels import BICUBIC, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, resize
+from mm_jax.data.pixels import BICUBIC, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, PixelRule, resize
 from mm_jax.data.pretrained_tokenizer import token_id as named_token
 from mm_jax.errors import UserError
 from mm_jax.families import intern_vit
@@ -216,7 +216,9 @@ class TileRule(FixedImage):
       least, most: tiles that there may be, where the image processor's settings say nothing else.
     """
 
-    names = {"image": ("pixel_values", "num_patches")}
+    names = {"image": ("pixel_values", "num_patches"), "video": ("pixel_values_videos",)}
+    shared = {"video": "image"}
+    placeholders = {"video": "<video>"}
     kept = r"</?box>"
     opening = r"(?P<begun><box>[^<]*$)"
 
@@ -224,6 +226,7 @@ class TileRule(FixedImage):
         self, settings: Settings, *, least: int = 1, most: int = 12, view: bool = True, **options: Any
     ):
         super().__init__(settings, **options)
+        self.tokens = dict.fromkeys(self.names, self.tokens["image"])
         self.least, self.most, self.view = least, most, view
 
     def images(self, images: Sequence[np.ndarray]) -> Arrays:
@@ -242,7 +245,42 @@ class TileRule(FixedImage):
             return pieces
         return np.concatenate([pieces, resize(picture, self.size, self.rule.resample)[None]])
 
+    @cached_property
+    def video_rule(self) -> PixelRule:
+        """Where there are settings of videos, theirs; frames always get the tower's size."""
+        return PixelRule.read(self.settings.video or self.settings.need("image"), self.defaults)
+
+    def videos(self, videos: Sequence[tuple[np.ndarray, float | None]]) -> Arrays:
+        """Each frame as one tile; as a list of [frames, 3, H, W] where the videos have different numbers."""
+        made = []
+        for frames, rate in videos:
+            chosen = frames[self._chosen(len(frames), rate)]
+            tiles = np.stack([resize(frame, self.size, self.video_rule.resample) for frame in chosen])
+            made.append(self.video_rule.normalise(tiles).transpose(0, 3, 1, 2))
+        same = len({len(frames) for frames in made}) == 1
+        return {"pixel_values_videos": np.stack(made) if same else made}
+
+    def _chosen(self, total: int, rate: float | None) -> np.ndarray:
+        """int [n], the frames of a video that are looked at (reference: InternVLVideoProcessor.sample_frames)."""
+        settings = self.settings.video or {}
+        if not settings.get("do_sample_frames"):
+            return np.arange(total)
+        count, wanted = settings.get("num_frames"), settings.get("fps")
+        if count is None and wanted is not None:
+            if rate is None:
+                raise UserError(
+                    f"{wanted} frames a second are to be looked at, but the video does not say its rate"
+                )
+            count = int(total / rate * wanted)
+        if not count or count > total:
+            raise UserError(f"a video of {total} frames, of which {count or 'no'} are to be looked at")
+        shift = settings.get("initial_shift", True)
+        shift = total / count / 2 if shift is True else shift
+        return np.arange(shift, total, total / count).astype(np.float32).astype(int)
+
     def items(self, kind: str, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[Item]:
+        if kind == "video":
+            return [self._video(channels_last(frames, self.size)) for frames in arrays["pixel_values_videos"]]
         pixels = channels_last(arrays["pixel_values"], self.size)
         found = []
         ends = np.cumsum(arrays.get("num_patches", np.ones(len(pixels), int)))
@@ -251,6 +289,12 @@ class TileRule(FixedImage):
             text = f"<img>{MEDIA * features}</img>"
             found.append(Item(np.arange(features, dtype=np.int32), features, {"pixel_values": part}, text))
         return found
+
+    def _video(self, frames: np.ndarray) -> Item:
+        each = f"<img>{MEDIA * self.num_tokens}</img>"
+        text = "\n".join(f"Frame{k + 1}: {each}" for k in range(len(frames)))
+        features = len(frames) * self.num_tokens
+        return Item(np.arange(features, dtype=np.int32), features, {"pixel_values": frames}, text)
 
     def transform(self, size: tuple[int, int]) -> Transform:
         return MediaRule.transform(self, size)  # boxes speak of the whole picture
@@ -278,7 +322,7 @@ class ReleasedTiles(TileRule):
     """Those of the released files, whose config does not say which token stands for a feature."""
 
     joined = "\n"
-    placeholders = {"image": "<image>"}
+    placeholders = {"image": "<image>", "video": "<video>"}
 
     def __init__(self, settings: Settings, *, token_id: int | None, **options: Any):
         found = token_id if token_id is not None else named_token(settings.where, CONTEXT)
@@ -313,5 +357,5 @@ def _projector(theirs: str, norm: str, hidden: str, out: str) -> list[Weight]:
     return table
 
 
-FAMILY = Family("internvl", ("text", "image"), _system, RENAMES)
-ORIGINAL = Family("internvl_chat", ("text", "image"), _original_system)
+FAMILY = Family("internvl", ("text", "image", "video"), _system, RENAMES)
+ORIGINAL = Family("internvl_chat", ("text", "image", "video"), _original_system)

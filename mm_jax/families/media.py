@@ -8,12 +8,12 @@ from mm_jax.data.media_rule import FixedImage, MediaRule, Settings
 from mm_jax.data.packing import Layout
 from mm_jax.data.patches import PatchLayout
 from mm_jax.families.family import System
-from mm_jax.models import MultimodalConfig, NativeViTConfig, slot_arrays
+from mm_jax.models import MultimodalConfig, NativeViTConfig, ViTConfig, slot_arrays
 
 
 def patch_layout(vision: NativeViTConfig) -> PatchLayout:
     """How the patches of a tower stand in a row."""
-    return PatchLayout(vision.merge, vision.window, vision.table_side)
+    return PatchLayout(vision.merge, vision.window, vision.table_side, vision.smooth_table)
 
 
 def media_rule(system: System, settings: Settings) -> MediaRule:
@@ -42,6 +42,7 @@ def layout_of(
     return Layout(
         image_tokens=config.image_tokens,
         image_size=(0, 0) if vision is None or config.native else vision.inputs["pixel_values"],
+        image_grid=_image_grid(config),
         audio_tokens=config.audio_tokens,
         audio_size=(0, 0) if audio is None else (audio.max_frames, audio.num_mels),
         taps=taps,
@@ -52,6 +53,15 @@ def layout_of(
         shares=vision.tiles if config.crossed else 0,
         pad_id=pad if 0 <= pad < config.decoder.vocab_size else 0,
     )
+
+
+def _image_grid(config: MultimodalConfig) -> tuple[int, int]:
+    """See `Layout.image_grid`."""
+    vision, projector = config.vision, config.image_projector
+    apart = isinstance(vision, ViTConfig) and vision.class_token != "keep" and projector.order == "rows"
+    if not apart or projector.kind not in ("linear", "mlp"):
+        return (0, 0)
+    return vision.grid[0] // projector.merge[0], vision.grid[1] // projector.merge[1]
 
 
 def _slot_arrays(config: MultimodalConfig) -> tuple[tuple[str, tuple[int, ...], str], ...]:

@@ -34,7 +34,7 @@ def batch_of(
     those in the rows.
     """
     rule, arrays = rule.prepared(arrays)
-    known = [*TEXT, *(name for kind in rule.tokens for name in rule.names[kind])]
+    known = [*TEXT, *(name for kind in rule.tokens if kind not in rule.shared for name in rule.names[kind])]
     for name in arrays:
         if name not in known and name not in rule.ignored:
             raise UserError(f'a batch of this model takes no "{name}"{nearest(name, known)}')
@@ -96,6 +96,8 @@ def _media_of_rows(rule: MediaRule, rows: Sequence[np.ndarray], arrays: Mapping[
     """The items of each row, counted off by its media tokens."""
     found: list[Items] = [{} for _ in rows]
     for kind, token in rule.tokens.items():
+        if kind in rule.shared:
+            continue
         counts = [int((row == token).sum()) for row in rows]
         given = {n: np.asarray(arrays[n]) for n in rule.names[kind] if arrays.get(n) is not None}
         if not given:

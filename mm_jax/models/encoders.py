@@ -55,7 +55,9 @@ def dummy_inputs(config: EncoderConfig) -> dict[str, np.ndarray]:
         "patch_segment_ids": np.ones(slots, np.int32),
         "patch_positions": np.zeros((*slots, 2), np.int32),
     }
-    if config.table_side:
-        arrays["patch_table_index"] = np.zeros((*slots, 4), np.int32)
+    if config.smooth_table:
+        arrays["patch_table_weights"] = np.zeros((*slots, 2, config.table_side), np.float32)
+    elif config.table_side:
         arrays["patch_table_weights"] = np.zeros((*slots, 4), np.float32)
+        arrays["patch_table_index"] = np.zeros((*slots, 4), np.int32)
     return arrays

@@ -185,7 +185,7 @@ class MultimodalLM(nn.Module):
 
     def _native_features(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """Projected features [B, F, D], and those for the decoder's first layers [K, B, F, D] or None."""
-        names = ("segment_ids", "positions", "table_index", "table_weights")
+        names = ("segment_ids", "positions", "table_weights", "table_index")
         inputs = [batch.get(name) for name in ("patches", *(f"patch_{name}" for name in names))]
         if self.config.vision.slot_patches:
             rows = len(inputs[0])

@@ -23,6 +23,8 @@ class NativeViTConfig:
       gated: MLP with a gate.
       norm: of the blocks.
       table_side: a learned table of table_side x table_side positions, stretched over each picture (Qwen3-VL); 0: none.
+      smooth_table: it is stretched with antialiasing, along rows and columns apart (SigLIP2 NaFlex), and patches are
+        rows, columns, channels.
       window: side in patches of the squares that attention stays in, except in `full_layers`; 0: it sees the whole
         frame in every layer.
       rope_theta: base of the rotary positions; 0 for none.
@@ -45,6 +47,7 @@ class NativeViTConfig:
     patch_bias: bool = False
     rope_theta: float = 10_000.0
     table_side: int = 0
+    smooth_table: bool = False
     window: int = 0
     full_layers: tuple[int, ...] = ()
     taps: tuple[int, ...] = ()
@@ -53,7 +56,7 @@ class NativeViTConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values of a patch: channels x frames x rows x columns."""
+        """Values of a patch: channels x frames x rows x columns, in this order without a smooth_table."""
         return 3 * self.frames * self.patch_size**2
 
     @property
@@ -139,17 +142,18 @@ class NativeViT(nn.Module):
         patches: jax.Array,
         segment_ids: jax.Array,
         positions: jax.Array,
-        table_index: jax.Array | None = None,
         table_weights: jax.Array | None = None,
+        table_index: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Encode the patches of each row.
 
         Args:
-          patches: float [B, P, patch_dim], normalised; channels, frames, rows, columns in this order.
+          patches: float [B, P, patch_dim], normalised.
           segment_ids: int32 [B, P], the frame of each patch, 0 for padding.
           positions: int32 [B, P, 2], row and column.
-          table_index, table_weights: int32 and float [B, P, 4], the entries of the learned table that a patch's
-            position is mixed of; needed where there is one.
+          table_weights, table_index: float and int32 [B, P, 4], the entries of the learned table that a patch's
+            position is mixed of; needed where there is one. With a smooth_table float [B, P, 2, table_side] alone, what
+            a patch takes of each row and of each column.
 
         Returns:
           [B, P, embed_dim], and the hidden states of the taps [taps, B, P, embed_dim] or None.
@@ -159,7 +163,12 @@ class NativeViT(nn.Module):
         if c.table_side:
             shape = (c.table_side**2, c.embed_dim)
             table = self.param("positions", nn.initializers.normal(0.02), shape)
-            mixed = jnp.einsum("bpkd,bpk->bpd", table[table_index], table_weights.astype(table.dtype))
+            weights = table_weights.astype(table.dtype)
+            if c.smooth_table:
+                mixed = jnp.einsum("bpr,bpc->bprc", weights[:, :, 0], weights[:, :, 1])
+                mixed = rearrange(mixed, "b p r c -> b p (r c)") @ table
+            else:
+                mixed = jnp.einsum("bpkd,bpk->bpd", table[table_index], weights)
             x = x + mixed.astype(self.dtype)
         turned = None
         if c.rope_theta:

@@ -28,6 +28,7 @@ from tests.parity import hosts, theirs  # noqa: E402
 from tests.parity import test_audio_towers as towers  # noqa: E402
 from tests.parity import test_deepseek_vl as deepseek  # noqa: E402
 from tests.parity import test_qwen_chat as qwen  # noqa: E402
+from tests.parity import test_siglip2 as siglip2  # noqa: E402
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -65,6 +66,8 @@ def parts(tmp_path_factory) -> Path:
     write_tower("CLIP", root / "clip")
     write_decoder("Qwen3", root / "qwen3")
     write_decoder("Llama", root / "llama")
+    siglip2.build(root / "naflex")
+    transformers.Siglip2ImageProcessorPil(patch_size=4, max_num_patches=36).save_pretrained(root / "naflex")
     qwen.build(root / "qwen2_vl")
     deepseek.build(root / "deepseek", hybrid=True)
     square = {"height": 40, "width": 40}
@@ -112,7 +115,9 @@ def _write_data(root: Path) -> None:
 
 
 def config_of(root: Path, kind: str, init: dict, projector: ProjectorConfig, steps: int = 3) -> RunConfig:
-    slots = {"images" if kind == "image" else "audio": 512 if init.get("vision") == "qwen2_vl" else 3}
+    slots = {
+        "images" if kind == "image" else "audio": 512 if init.get("vision") in ("qwen2_vl", "naflex") else 3
+    }
     batch = BatchConfig(rows=2, length=128, bins=2, **slots)
     stage = Stage(
         steps=steps,
@@ -157,6 +162,12 @@ CASES = {
     "siglip-linear-qwen2_vl": (
         "image", dict(vision="siglip", decoder="qwen2_vl"), ProjectorConfig("linear", (3, 1)),
     ),
+    "naflex-mlp-llama": (
+        "image", dict(vision="naflex", decoder="llama"), ProjectorConfig("mlp", (4, 1), hidden_dim=16),
+    ),
+    "naflex-linear-qwen2_vl": (
+        "image", dict(vision="naflex", decoder="qwen2_vl"), ProjectorConfig("linear"),
+    ),
     "deepseek-branches-qwen3": (
         "image", dict(vision="deepseek", decoder="qwen3"), ProjectorConfig("branches", branch_dims=(32, 24)),
     ),
@@ -181,6 +192,8 @@ TOKENS = {
     "whisper-mlp-llama": (10, 4),
     "qwen2_vl-mlp-llama": (0, 2 * 4),  # 20 x 30 pixels become 16 x 32: patches of 4 x 4, squares of 2 x 2
     "siglip-linear-qwen2_vl": (3, 3),
+    "naflex-mlp-llama": (0, 3 * 2),  # at most 36 patches: 24 x 16 pixels, so that squares of 2 x 2 are whole
+    "naflex-linear-qwen2_vl": (0, 7 * 5),
     "deepseek-branches-qwen3": (9, 9),
     "sam-qformer-llama": (4, 4),
     "wav2vec2-mlp-qwen3": (10, 10 + 3),  # 6000 samples: a window of 240 positions, and one of 58
@@ -190,6 +203,7 @@ TRAINED = [
     "siglip-resampler-qwen3",
     "whisper-mlp-llama",
     "qwen2_vl-mlp-llama",
+    "naflex-mlp-llama",
     "wav2vec2-mlp-qwen3",
 ]
 

@@ -1,6 +1,8 @@
-"""InternVL from messages: tiles, tokens and answers against transformers."""
+"""InternVL from messages: tiles, frames, tokens and answers against transformers."""
 
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from mm_jax.data.image import Transform  # noqa: E402
 from mm_jax.data.messages import Box, Text  # noqa: E402
 from mm_jax.data.pieces import tiles  # noqa: E402
 from tests.parity import hosts, theirs  # noqa: E402
+from tests.parity.test_native_video import reference  # noqa: E402
 
 TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>", "<|im_start|>", "<|im_end|>")
 
@@ -45,7 +48,9 @@ def build(directory):
         image_processor=transformers.GotOcr2ImageProcessorPil(**sizes),
         tokenizer=tokenizer,
         image_seq_length=4,
-        chat_template=hosts.CHATML.replace("'<' + part.type + '>'", "'<IMG_CONTEXT>'"),
+        chat_template=hosts.CHATML.replace(
+            "'<' + part.type + '>'", "('<IMG_CONTEXT>' if part.type == 'image' else '<video>')"
+        ),
     )
     config = transformers.InternVLConfig(
         vision_config=transformers.InternVLVisionConfig(
@@ -86,6 +91,80 @@ def test_tokens_and_answers(pair):
     model, processor, lm = pair
     hosts.same_tokens(lm, hosts.their_arrays(processor, CONVERSATIONS), CONVERSATIONS)
     hosts.same_answers(model, processor, lm, CONVERSATIONS[:2], 6)
+
+
+def test_videos(pair):
+    """A frame is a tile behind its number; two videos beside pictures, before, between and behind them."""
+    model, processor, lm = pair
+    frames = [[hosts.picture(40, 30, seed=k) for k in range(n)] for n in (3, 2)]
+    one, two = hosts.picture(60, 31), hosts.picture(33, 33)
+    parts = [
+        {"type": "video", "video": frames[0]}, {"type": "image", "image": one}, {"type": "text", "text": "compare"},
+        {"type": "video", "video": frames[1]}, {"type": "image", "image": two}, {"type": "text", "text": "to this"},
+    ]  # fmt: skip
+    talk = [{"role": "user", "content": parts}]
+    as_tiles = transformers.GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=False)
+    pixels = {"video": [as_tiles(images=video, return_tensors="np")["pixel_values"] for video in frames]}
+    found = lm.preprocess(videos=frames)["pixel_values_videos"]
+    assert all(np.array_equal(a, b) for a, b in zip(found, pixels["video"], strict=True))
+    made = [processor.image_processor(images=[image], return_tensors="np") for image in (one, two)]
+    pixels["image"] = [one["pixel_values"] for one in made]
+    text = processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    inputs = {"pixel_values_videos": pixels["video"]}
+    written = {
+        "video": [processor.replace_video_token(inputs, k) for k in range(2)],
+        "image": [
+            processor.replace_image_token({"num_patches": [len(x) for x in pixels["image"]]}, k)
+            for k in (0, 1)
+        ],
+    }
+    order, pieces = [], re.split("(<video>|<IMG_CONTEXT>)", text)
+    for k in range(1, len(pieces), 2):
+        kind = "video" if pieces[k] == "<video>" else "image"
+        pieces[k] = written[kind].pop(0)
+        order.append(pixels[kind].pop(0))
+    ids = np.array([processor.tokenizer("".join(pieces))["input_ids"]])
+    arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": np.concatenate(order)}
+    hosts.same_tokens(lm, arrays, [talk])
+    batch = lm.batch(messages=talk)
+    real = batch["segment_ids"][0] > 0
+    expected = theirs.logits(model, arrays)[0]
+    assert 0.1 < expected.std() < 10
+    assert np.abs(np.asarray(lm.apply(lm.params, batch))[0][real] - expected).max() <= 1e-4
+    with pytest.raises(mm_jax.UserError, match="takes no .pixel_values_videos"):
+        lm.batch(input_ids=ids, pixel_values_videos=np.zeros((1, 2, 3, 32, 32), np.float32))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_frames": 4},
+        {"fps": 2},
+        {"num_frames": 5, "initial_shift": False},
+        {"fps": 1, "initial_shift": 2.5},
+    ],
+)
+def test_frames(pair, settings):
+    """Which frames of a video are looked at."""
+    values = dict(num_frames=None, fps=None, initial_shift=True) | settings
+    theirs_ = reference("internvl.video_processing_internvl").InternVLVideoProcessor.sample_frames
+    rule = type(pair[2].checkpoint.rule)(
+        replace(pair[2].checkpoint.rule.settings, video=settings | {"do_sample_frames": True}),
+        token_id=5, size=(32, 32), num_tokens=4,
+    )  # fmt: skip
+    for total, rate in [(7, 3.0), (30, 10.0), (31, 24.0), (100, 30.0), (2001, 29.97)]:
+        metadata = SimpleNamespace(total_num_frames=total, fps=rate)
+        known = {k: v for k, v in values.items() if v is not None and k != "num_frames"}
+        expected = theirs_(
+            SimpleNamespace(num_frames=values["num_frames"], initial_shift=True), metadata, **known
+        )
+        assert rule._chosen(total, rate).tolist() == expected.tolist()
+    if "num_frames" in settings:
+        with pytest.raises(mm_jax.UserError, match="a video of 3 frames, of which"):
+            rule._chosen(3, None)
+    else:
+        with pytest.raises(mm_jax.UserError, match="does not say its rate"):
+            rule._chosen(30, None)
 
 
 def test_grids_of_tiles():

@@ -84,12 +84,15 @@ def prompts(pixels, places=((1,), (0, 1, 7)), pad_left=False) -> dict[str, np.nd
         return arrays
     made = pixels(images, return_tensors="np")
     tiles = made.pop("num_tiles")
-    ids = arrays["input_ids"].tolist()
-    dense = processing.convert_sparse_cross_attention_mask_to_dense(
-        [processing.get_cross_attention_token_mask(row, IMAGE) for row in ids],
-        tiles, pixels.max_image_tiles, len(ids[0]),
-    )  # fmt: skip
+    dense = cross_mask(arrays["input_ids"], IMAGE, tiles, pixels.max_image_tiles)
     return arrays | dict(made) | {"cross_attention_mask": dense}
+
+
+def cross_mask(input_ids: np.ndarray, token: int, tiles: list[list[int]], most: int) -> np.ndarray:
+    """What the reference's processor makes of the tiles of each row's pictures."""
+    ids = input_ids.tolist()
+    places = [processing.get_cross_attention_token_mask(row, token) for row in ids]
+    return processing.convert_sparse_cross_attention_mask_to_dense(places, tiles, most, len(ids[0]))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -123,10 +126,8 @@ def test_tower_alone(tmp_path):
     assert np.abs(ours - expected.reshape(ours.shape)).max() <= 1e-4
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory):
+def build_chat(directory):
     """A checkpoint with tokenizer, template and settings; the picture's token is no word of the vocabulary."""
-    directory = tmp_path_factory.mktemp("mllama")
     tokenizer = byte_level("<|im_start|>", "<|im_end|>", "<|python_tag|>", begin=True, eos_token="<|im_end|>")
     tokenizer.add_tokens(["<|image|>"], special_tokens=True)
     token = tokenizer.convert_tokens_to_ids("<|image|>")
@@ -139,7 +140,13 @@ def chat(tmp_path_factory):
     model = theirs.build(config, directory, KIND, scales=SCALES)
     found = transformers.MllamaProcessor(processor(VISION), tokenizer, chat_template=TEMPLATE)
     found.save_pretrained(directory)
-    return model, found, mm_jax.load(directory)
+    return model, found
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("mllama")
+    return *build_chat(directory), mm_jax.load(directory)
 
 
 TALKS = [
