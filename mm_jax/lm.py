@@ -13,6 +13,7 @@ from mm_jax.checkpoint.hf import HFCheckpoint, is_hf, load_hf, save_hf
 from mm_jax.checkpoint.kept import is_kept, open_kept
 from mm_jax.checkpoint.pretrained import processor_of
 from mm_jax.data.example import TAPS, Example
+from mm_jax.data.media_rule import MediaRule
 from mm_jax.data.messages import Audio, Conversation, Image, Message, Part, Text, messages_from_json
 from mm_jax.data.packing import Layout
 from mm_jax.data.pretrained import PretrainedProcessor
@@ -20,10 +21,11 @@ from mm_jax.errors import UserError, nearest
 from mm_jax.families.media import layout_of
 from mm_jax.inference.arrays import batch_of
 from mm_jax.inference.attention import extended, reading_weights
-from mm_jax.inference.batch import collate_prompts, count_bucket
+from mm_jax.inference.batch import collate_prompts, count_bucket, span_bucket
+from mm_jax.inference.embedding import Input, is_ids, question, unit
 from mm_jax.inference.engine import Engine
 from mm_jax.inference.programs import Programs
-from mm_jax.inference.prompt import Medium, Prompt, prompt_of, prompts_of
+from mm_jax.inference.prompt import Medium, Prompt, prompt_of, prompts_of, text_prompt
 from mm_jax.inference.request import Request
 from mm_jax.inference.sampling import Sampling
 from mm_jax.inference.session import ChatSession
@@ -230,15 +232,15 @@ class LanguageModel:
         """What `prompt` makes, as the engine takes it."""
         return prompt_of(example, self.layout)
 
-    def sample_media(self) -> list[Medium]:
-        """One medium of every kind, to compile the encoders with."""
+    def sample_media(self, longest: int = 0) -> list[Medium]:
+        """One medium of every kind that prompts of at most `longest` tokens hold, to compile the encoders with."""
         layout, media = self.layout, []
-        if (
-            self.config.vision is not None and layout.patches is None
-        ):  # with patches every size is another kind
-            arrays = {name: np.zeros((1, *shape), dtype) for name, shape, dtype in layout.image_arrays}
+        rule = self.checkpoint.rule if self.checkpoint else getattr(self._processor, "rule", MediaRule())
+        spans = rule.spans(longest or self.max_length) if self.config.vision is not None else ()
+        for slots in sorted({span_bucket(count, layout) for count in spans}):
+            arrays = {name: np.zeros((slots, *shape), dtype) for name, shape, dtype in layout.image_arrays}
             arrays |= {name: array + 1 for name, array in arrays.items() if name.endswith("segment_ids")}
-            media.append(Medium(arrays, layout.image_features(1)))
+            media.append(Medium(arrays, layout.image_features(slots)))
         if self.config.audio is not None:
             values = np.zeros((1, *layout.audio_size), np.float32)
             arrays = {"audio_values": values, "audio_frames": np.ones(1, np.int32)}
@@ -263,6 +265,47 @@ class LanguageModel:
     def chat(self, messages: Messages, max_new_tokens: int = 64, sampling: Sampling | None = None) -> str:
         """The answer to one conversation as text; boxes as [x0, y0, x1, y1] in original pixels."""
         return render(self.answer([messages], max_new_tokens, sampling)[0])
+
+    def embed(self, inputs: Sequence[Input]) -> np.ndarray:
+        """Unit vectors float32 [n, D] of texts, pictures, clips and mixtures; their products say how alike they are.
+
+        A vector is what the last layer, behind the final norm, has made of the prompt's last token, divided by its
+        length (as in Zhang et al. 2024, GME, and Jiang et al. 2024, VLM2Vec). The prompt is the input as a user's
+        message with the header of the answer, for texts and pictures alike.
+
+        Args:
+          inputs: each a text, a part of a message, a list of parts (`Part`s or JSON objects), or a list of token ids,
+            which are then the whole prompt.
+
+        Raises UserError: an empty input, token ids outside of the vocabulary, and what `prompt` raises.
+        """
+        prompts = [self.embedding_prompt(one) for one in ([inputs] if isinstance(inputs, str) else inputs)]
+        if not prompts:
+            return np.zeros((0, self.embedding_size), np.float32)
+        engine = self.engine(min(count_bucket(len(prompts)), ROWS))
+        answers = [engine.submit(Request(prompt, max_new_tokens=1, embed=True)) for prompt in prompts]
+        while engine.busy:
+            engine.step()
+        return unit([answer.hidden for answer in answers])
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers in a vector of `embed`."""
+        return self.config.decoder.embed_dim
+
+    def embedding_prompt(self, one: Input) -> Prompt:
+        """What is read of one of the inputs of `embed`; where there is no chat template, of a text the text alone."""
+        if is_ids(one):
+            vocab = self.programs.vocab_size
+            if not 0 <= min(one) <= max(one) < vocab:
+                raise UserError(f"a token id is outside of 0 to {vocab - 1}")
+            return text_prompt(one)
+        message = question(one)
+        if self.checkpoint is not None and self.processor.template is None:
+            if all(isinstance(part, Text) for part in message.parts):
+                text = "".join(part.text for part in message.parts)
+                return text_prompt(self.processor.tokenizer.encode(text, around=True))
+        return self.read(self.prompt([message]))
 
     def stream(
         self, messages: Messages, max_new_tokens: int = 64, sampling: Sampling | None = None

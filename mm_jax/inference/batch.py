@@ -43,6 +43,20 @@ def slot_bucket(count: int, layout: Layout) -> int:
     return -(-blocks // step) * step * layout.patches.block
 
 
+FINE = 1024  # patches beyond which there is a size between every two powers of two
+
+
+def span_bucket(count: int, layout: Layout) -> int:
+    """Image slots of one picture or frame that is encoded as a whole: each size is a program to compile, so there are
+    fewer than in `slot_bucket`."""
+    if layout.patches is None:
+        return count_bucket(count)
+    block = layout.patches.block
+    blocks = count_bucket(-(-count // block))
+    between = blocks // 4 * 3 * block
+    return between if blocks * block > FINE and count <= between else blocks * block
+
+
 def collate_prompts(examples: Sequence[Example], layout: Layout) -> dict[str, np.ndarray]:
     """One example a row, right-padded; length and media slots are rounded up to listed sizes.
 

@@ -12,7 +12,7 @@ import numpy as np
 from mm_jax.errors import UserError
 from mm_jax.inference.batch import count_bucket, length_bucket
 from mm_jax.inference.features import FeaturePool
-from mm_jax.inference.programs import Programs, Reading, Said, State
+from mm_jax.inference.programs import Programs, Reading, Said, State, committed
 from mm_jax.inference.prompt import Medium, Prompt
 from mm_jax.inference.request import Answer, Guide, Logprob, Request
 from mm_jax.inference.sampling import Controls, Sampling, mask_words
@@ -176,6 +176,11 @@ class Engine:
         media = list(media)
         pictures = any("pixel_values" in medium.arrays for medium in media)
         self._grow(max(self._cache_length, self._lengths[-1]), int(pictures))
+        # a piece of a prompt may begin and end within a picture; those in between have no less than half of their
+        # features in it
+        self.pool.reserve(
+            2 * max((medium.features for medium in media), default=0) + 2 * self._chunk * bool(media)
+        )
         self.pool.warm_up(media)
         for pieces in self._pieces:
             controls = Controls.of([Sampling()] * pieces)
@@ -290,11 +295,14 @@ class Engine:
         )
         allowed = self._allowed(count, [(k, settings[k].guide) for k in np.flatnonzero(guided)])
         fresh = not reading.starts.any()
-        said = self._prefill(reading, controls, allowed, size if fresh else self._cache_length)
+        said, hidden = self._prefill(reading, controls, allowed, size if fresh else self._cache_length)
         for slot, piece in zip(group, pieces, strict=False):
             slot.keys = slot.answer.request.prompt.keys[: piece.stop]
-        ended = [slot.talking for slot in group]
-        return self._take([(slot, k) for k, slot in enumerate(group) if ended[k]], said)
+        ended = [(slot, k) for k, slot in enumerate(group) if slot.talking]
+        talking = [(slot, k) for slot, k in ended if not slot.answer.request.embed]
+        return self._embedded([pair for pair in ended if pair not in talking], hidden) + self._take(
+            talking, said
+        )
 
     def _empty(self, pieces: int, size: int) -> Reading:
         programs = self._programs
@@ -331,6 +339,15 @@ class Engine:
         length = next(n for n in self._reaches() if n >= min(reach, self._reaches()[-1]))
         said = self._advance(length, steps, active, self._allowed(len(self._slots), guided))
         return self._take([(slot, slot.row) for slot in talking], said)
+
+    def _embedded(self, rows: list[tuple[_Slot, int]], hidden: jax.Array) -> list[Answer]:
+        """End the answers that are no text; (slot, row of `hidden`)."""
+        answers = [slot.answer for slot, _ in rows]
+        found = np.asarray(hidden) if rows else ()
+        for answer, (_, row) in zip(answers, rows, strict=True):
+            answer.hidden = found[row]
+            self._finish(answer, "stop")
+        return answers
 
     def _take(self, rows: list[tuple[_Slot, int]], said: Said) -> list[Answer]:
         """Hand the tokens of a program to their answers; (slot, row of `said`)."""
@@ -380,15 +397,17 @@ class Engine:
         state, self._state = self._state, None  # an interrupt must not leave us one that is gone
         self._state = program(state, *arguments)
 
-    def _prefill(self, reading: Reading, controls: Controls, allowed: jax.Array, length: int) -> Said:
+    def _prefill(
+        self, reading: Reading, controls: Controls, allowed: jax.Array, length: int
+    ) -> tuple[Said, jax.Array]:
         state, self._state = self._state, None
         if self.pool.array is None:
             self.pool.place([[]])
         programs = self._programs
-        self._state, said = programs.prefill(
+        self._state, said, hidden = programs.prefill(
             programs.params, state, self.pool.array, reading, controls, allowed, length=length
         )
-        return said
+        return said, hidden
 
     def _advance(self, length: int, steps: int, active: np.ndarray, allowed: jax.Array | None = None) -> Said:
         if self._controls is None:
@@ -417,7 +436,7 @@ class Engine:
             self._images = max(self._images, count_bucket(images))
         sizes = {"length": self._cache_length, "images": self._images}
         if self._state is None:
-            self._state = self._programs.start(rows=len(self._slots), **sizes)
+            self._state = committed(self._programs.start(rows=len(self._slots), **sizes))
         elif (self._cache_length, self._images) != before:
             state, self._state = self._state, None
             self._state = self._programs.grow(state, **sizes)

@@ -7,10 +7,18 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from mm_jax.inference.programs import Programs
+from mm_jax.inference.programs import Programs, committed
 from mm_jax.inference.prompt import Medium
 
-TOGETHER = 8  # media that are encoded in one call at most
+SMALL = 256  # features of a medium of several slots, such as the patches of a picture, that is encoded with others
+
+
+def together(medium: Medium) -> tuple[int, ...]:
+    """How many media of this kind are encoded in one call, the most first. Each number is a program for each kind, and
+    there is one kind where media have one slot, but many where they have as many as they need."""
+    if len(next(iter(medium.arrays.values()))) == 1:
+        return 8, 4, 2, 1
+    return (4, 1) if medium.features <= SMALL else (1,)
 
 
 class FeaturePool:
@@ -78,7 +86,7 @@ class FeaturePool:
 
     def _start(self, capacity: int) -> None:
         self.capacity = capacity
-        self.array = self._programs.pool(capacity=capacity)
+        self.array = committed(self._programs.pool(capacity=capacity))
         self._first, self._media, self._next = {}, {}, 0
 
     def _room(self, size: int, kept: set[bytes]) -> int | None:
@@ -103,18 +111,18 @@ class FeaturePool:
             first = max(self._first[digest] + self._media[digest].features for digest in blocking)
 
     def _encode(self, new: list[tuple[Medium, int]]) -> None:
-        """Runs of one kind whose places follow each other, in powers of two, so that few sizes are compiled."""
+        """Runs of one kind whose places follow each other, in few sizes."""
         while new:
             medium, first = new[0]
-            run = 1
+            run, counts = 1, together(medium)
             while (
                 run < len(new)
-                and run < TOGETHER
+                and run < counts[0]
                 and new[run][0].kind == medium.kind
                 and new[run][1] == first + run * medium.features
             ):
                 run += 1
-            count = 1 << (run.bit_length() - 1)
+            count = next(n for n in counts if n <= run)
             self._run([medium for medium, _ in new[:count]], first)
             new = new[count:]
 
@@ -124,13 +132,17 @@ class FeaturePool:
         self.array = self._programs.encode(self._programs.params, pool, arrays, np.int32(first))
         self.encoded += len(media)
 
+    def reserve(self, features: int) -> None:
+        """Make room for so many; what was there is forgotten where that is more than before."""
+        if features > self.capacity:
+            self._start(features)
+
     def warm_up(self, media: Iterable[Medium]) -> None:
         """Compiles the encoders for media of these kinds."""
         for medium in media:
             self._start(self.capacity)
-            count = 1
-            while count <= TOGETHER and count * medium.features <= self.capacity:
-                self._run([medium] * count, 0)
-                count *= 2
+            for count in together(medium):
+                if count * medium.features <= self.capacity:
+                    self._run([medium] * count, 0)
         self._start(self.capacity)
         self.encoded = 0

@@ -185,6 +185,12 @@ def _traced(self: Programs, name: str, function: Any, *arguments: Any, **named: 
     return function(self, *arguments, **named)
 
 
+def committed(tree: Any) -> Any:
+    """The same arrays, bound to the devices that they are on, as those of a checkpoint are: a program is compiled
+    once more for arrays that are not, such as those that were made of nothing."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
+
+
 def _start(self: Programs, *, rows: int, length: int, images: int = 0) -> State:
     config = self.model.config
     zeros = jnp.zeros(rows, jnp.int32)
@@ -264,8 +270,11 @@ def _prefill(
     allowed: jax.Array,
     *,
     length: int,
-) -> tuple[State, Said]:
-    """Read pieces of prompts; attention reaches over the first `length` slots. controls, allowed: of the R pieces."""
+) -> tuple[State, Said, jax.Array]:
+    """Read pieces of prompts; attention reaches over the first `length` slots. controls, allowed: of the R pieces.
+
+    Besides, float32 [R, D]: what the decoder has made of the last token of each piece, behind its final norm.
+    """
     r = reading
     rows = r.rows
     part = {
@@ -282,7 +291,8 @@ def _prefill(
         if r.seen is not None:
             batch |= {"slot_firsts": r.slot_firsts, "seen": r.seen}
     last = jnp.maximum(r.counts - 1, 0)
-    logits, part = self.model.apply({"params": params}, batch, part, r.starts, last, method="extend")
+    hidden, part = self.model.apply({"params": params}, batch, part, r.starts, last, method="advance")
+    logits = self.model.apply({"params": params}, hidden, method="logits")
 
     def places(name: str) -> tuple:
         slots = (slice(0, length),) if name in _AXES else ()
@@ -296,7 +306,7 @@ def _prefill(
         jnp.take(state.tables.bias, rows, axis=0, mode="clip"),
     )
     choice = sample(logits[:, 0], controls, fresh, allowed, r.following)
-    said = fresh.counts.at[jnp.arange(len(rows)), choice.tokens].set(1)
+    counts = fresh.counts.at[jnp.arange(len(rows)), choice.tokens].set(1)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[rows].set(new, mode="drop")
@@ -310,12 +320,13 @@ def _prefill(
         positions=put(state.positions, r.following),
         left=put(state.left, jnp.where(goes_on, r.left - 1, 0)),
         ends=put(state.ends, r.ends),
-        tables=replace(state.tables, counts=put(state.tables.counts, said)),
+        tables=replace(state.tables, counts=put(state.tables.counts, counts)),
     )
     outputs = jax.tree.map(lambda x: x[:, None], choice)
-    return state, Said(
+    said = Said(
         outputs.tokens, outputs.logprobs, outputs.top_tokens, outputs.top_logprobs, r.final.astype(jnp.int32)
     )
+    return state, said, hidden[:, 0].astype(jnp.float32)
 
 
 def _stops(self: Programs, tokens: jax.Array, ends: jax.Array) -> jax.Array:

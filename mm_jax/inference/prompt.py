@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mm_jax.data.packing import Layout, blocks_of
-from mm_jax.inference.batch import slot_bucket
+from mm_jax.inference.batch import span_bucket
 
 if TYPE_CHECKING:
     from mm_jax.data.example import Example
@@ -115,7 +115,7 @@ def prompt_of(example: Example, layout: Layout) -> Prompt:
     index = np.where(example.audio_index >= 0, example.audio_index + base, example.image_index)
     arrays = {"audio_values": example.audio_values, "audio_frames": example.audio_frames}
     media = example.image_arrays | arrays
-    prompt = _prompt(example.tokens, example.positions, index, media, layout, example.seen)
+    prompt = _prompt(example.tokens, example.positions, index, media, layout, example.seen, example.taps)
     blocks = None
     if layout.two_way != "none":
         text = {
@@ -125,7 +125,7 @@ def prompt_of(example: Example, layout: Layout) -> Prompt:
             "media_index": prompt.media_index[None],
         }
         blocks = blocks_of(layout.two_way, text)[0]
-    return replace(prompt, taps=example.taps, blocks=blocks)
+    return replace(prompt, blocks=blocks)
 
 
 def prompts_of(batch: Mapping[str, np.ndarray], layout: Layout) -> list[Prompt]:
@@ -136,9 +136,10 @@ def prompts_of(batch: Mapping[str, np.ndarray], layout: Layout) -> list[Prompt]:
         arrays = {name: array[row] for name, array in batch.items()}
         real = arrays["segment_ids"] > 0
         text = (arrays[name][real] for name in ("tokens", "positions", "media_index"))
-        prompt = _prompt(*text, arrays, layout, arrays["seen"][real] if "seen" in arrays else None)
+        taps = None
         if "media_taps" in arrays:
-            prompt = replace(prompt, taps=(arrays["media_taps"][real], arrays["tap_weights"][real]))
+            taps = arrays["media_taps"][real], arrays["tap_weights"][real]
+        prompt = _prompt(*text, arrays, layout, arrays["seen"][real] if "seen" in arrays else None, taps)
         if "blocks" in arrays:
             prompt = replace(prompt, blocks=arrays["blocks"][real])
         found.append(prompt)
@@ -158,6 +159,7 @@ def _prompt(
     arrays: Mapping[str, np.ndarray],
     layout: Layout,
     seen: np.ndarray | None = None,
+    taps: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Prompt:
     """One conversation with its media taken apart; those that no token takes a feature of, or sees, are left out.
 
@@ -165,6 +167,7 @@ def _prompt(
       index: int [T], media_index as in a batch.
       arrays: of the media of one row, as in a batch.
       seen: int8 [T, slots * shares], as in a batch.
+      taps: see `Prompt`.
     """
     media: list[Medium] = []
     moved, taken = np.where(index < 0, index, -1), 0
@@ -182,8 +185,16 @@ def _prompt(
     kept: list[np.ndarray] = []
     images = {name: arrays[name] for name, _, _ in layout.image_arrays if name in arrays}
     count = min((len(array) for array in images.values()), default=0)
-    for start, end in _pictures(images, layout) if count else ():
-        slots = slot_bucket(end - start, layout)
+    if not count:
+        spans = ()
+    elif taps is not None:
+        spans = _mixed(
+            np.where(index < layout.image_features(count), index, -1), taps, layout.image_tokens, count
+        )
+    else:
+        spans = _pictures(images, layout)
+    for start, end in spans:
+        slots = span_bucket(end - start, layout)
         first, last = layout.image_features(start), layout.image_features(end)
         shares = None if seen is None else seen[:, start * layout.shares : end * layout.shares]
         read = shares is not None and bool(shares.any())
@@ -196,15 +207,12 @@ def _prompt(
         window = {name: arrays[name][k : k + 1] for name in ("audio_values", "audio_frames")}
         add(first, first + layout.audio_tokens, layout.audio_tokens, partial(dict, window))
     text = (array.astype(np.int32) for array in (tokens, positions, moved))
-    return Prompt(*text, tuple(media), seen=np.concatenate(kept, axis=1) if kept else None)
+    return Prompt(*text, tuple(media), taps, seen=np.concatenate(kept, axis=1) if kept else None)
 
 
 def _pictures(images: Mapping[str, np.ndarray], layout: Layout) -> Iterator[tuple[int, int]]:
     """Start and end of the slots that the encoder must see together: those with the same number in an array of
     segment ids (of patches: one frame), else each alone."""
-    if layout.taps:  # mixtures reach from one slot into the next
-        yield 0, len(next(iter(images.values())))
-        return
     names = [name for name, array in images.items() if name.endswith("segment_ids") and array.ndim == 1]
     if not names:
         yield from ((k, k + 1) for k in range(len(next(iter(images.values())))))
@@ -217,6 +225,26 @@ def _pictures(images: Mapping[str, np.ndarray], layout: Layout) -> Iterator[tupl
     block = 1 if layout.patches is None else layout.patches.block
     for start, end in zip(starts, ends, strict=True):
         yield start, start + -(-(end - start) // block) * block
+
+
+def _mixed(
+    index: np.ndarray, taps: tuple[np.ndarray, np.ndarray], each: int, count: int
+) -> Iterator[tuple[int, int]]:
+    """Start and end of the runs of slots, of `each` features, that mixtures reach across.
+
+    Args:
+      index: int [T], the feature that a token's distances count from, below 0 for none.
+    """
+    here = index >= 0
+    places = index[here, None] + np.where(taps[1][here] != 0, taps[0][here], 0)
+    furthest = np.arange(count)
+    np.maximum.at(furthest, places.min(axis=1) // each, places.max(axis=1) // each)
+    start = end = 0
+    for slot in range(count):
+        end = max(end, int(furthest[slot]))
+        if slot == end:
+            yield start, end + 1
+            start = end = slot + 1
 
 
 def _slots(images: Mapping[str, np.ndarray], start: int, end: int, slots: int) -> dict[str, np.ndarray]:

@@ -34,6 +34,7 @@ class Request:
       guide: restricts what may be said; used up by one request.
       watch: called with each new token; True ends the answer with it.
       tag: of no meaning to the engine; to find the request again.
+      embed: nothing is said: the answer is what the decoder has made of the prompt, see `Answer.hidden`.
     """
 
     prompt: Prompt
@@ -44,6 +45,7 @@ class Request:
     guide: Guide | None = None
     watch: Callable[[int], bool] | None = None
     tag: Any = None
+    embed: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Answer:
       logprobs: of each token, where they were asked for.
       finish: "" while it goes on; "stop", "length", or "cancelled".
       reused: tokens of the prompt that a cache had read before.
+      hidden: float32 [D], what the decoder's last layer and final norm have made of the prompt's last token, where that
+        was asked for.
     """
 
     request: Request
@@ -70,6 +74,7 @@ class Answer:
     logprobs: list[Logprob] = field(default_factory=list)
     finish: str = ""
     reused: int = 0
+    hidden: np.ndarray | None = None
 
 
 def settings_of(request: Request, index: int) -> Request:

@@ -345,6 +345,13 @@ class MultimodalLM(nn.Module):
         Returns:
           Logits float32 [B, S, vocab], or [B, 1, vocab] with `last`, and the advanced cache.
         """
+        x, cache = self.advance(batch, cache, starts, last)
+        return self.decoder.logits(x), cache
+
+    def advance(
+        self, batch: Batch, cache: Cache, starts: jax.Array, last: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """`extend` up to what `logits` reads: [B, S, D], or [B, 1, D] with `last`, and the advanced cache."""
         segments = batch["segment_ids"]
         cache = cache | {"segment_ids": write_slots(cache["segment_ids"], segments, starts)}
         slots = starts[:, None] + jnp.arange(segments.shape[1])
@@ -364,4 +371,4 @@ class MultimodalLM(nn.Module):
             cache["seen"] = jnp.take_along_axis(batch["seen"], newest[:, None, None], axis=1)[:, 0]
         if last is not None:
             x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-        return self.decoder.logits(x), cache
+        return x, cache

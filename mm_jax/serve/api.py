@@ -7,7 +7,7 @@ import base64
 import io
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,22 @@ from mm_jax.errors import UserError
 from mm_jax.inference.attention import Look, check_looks, heat_picture, words_json, words_of
 from mm_jax.inference.grammar import Grammars
 from mm_jax.inference.prompt import Prompt, text_prompt
-from mm_jax.inference.request import Guide, Request
+from mm_jax.inference.request import Answer, Guide, Request
 from mm_jax.serve.choice import Choice, Piece
+from mm_jax.serve.embeddings import embedded, embedding_list
 from mm_jax.serve.errors import ApiError
 from mm_jax.serve.openapi import document
 from mm_jax.serve.remote import fetch_pictures
-from mm_jax.serve.schema import ChatRequest, Settings, chat_request, completion_request, read_json
+from mm_jax.serve.schema import (
+    ChatRequest,
+    EmbeddingRequest,
+    Settings,
+    chat_request,
+    completion_request,
+    embedding_request,
+    inputs_of,
+    read_json,
+)
 from mm_jax.serve.writers import ChatWriter, CompletionWriter, Writer
 
 if TYPE_CHECKING:
@@ -162,6 +172,30 @@ class Api:
         choices = self._submit(prompts, wanted.settings, [], None)
         return await self._respond(http, choices, wanted.settings, writer, began)
 
+    async def embeddings(self, http: HttpRequest) -> Response:
+        """POST /v1/embeddings"""
+        body = await self._body(http)
+        began = time.monotonic()
+
+        def read() -> tuple[EmbeddingRequest, list[Request]]:
+            asked = [{"content": one} for one in inputs_of(body)]
+            fetch_pictures(asked, self._options.remote, self._options.max_images)
+            wanted = embedding_request(body, self._options, self._lm.embedding_size)
+            prompts = map(self._lm.embedding_prompt, wanted.inputs)
+            requests = [Request(prompt, max_new_tokens=1, embed=True) for prompt in prompts]
+            for request in requests:
+                self._check(request)
+            return wanted, requests
+
+        wanted, requests = await _in_thread(read)
+        left = self._options.timeout - (time.monotonic() - began)
+        answers = await _unless_gone(http, embedded(self._worker, requests, self._options.slots, left))
+        if answers is None:
+            return Response(status_code=499)  # nobody reads it
+        self._metrics.duration.observe(time.monotonic() - began)
+        self._count_prompts(answers)
+        return JSONResponse(embedding_list(answers, wanted.packed, self._options.model))
+
     async def _body(self, http: HttpRequest) -> dict[str, Any]:
         body = await _in_thread(read_json, await http.body())
         model = body.get("model")
@@ -184,17 +218,25 @@ class Api:
             room = max(self._worker.engine.max_length - prompt.length, 1)
             most, logprobs = settings.max_tokens or room, settings.top_logprobs is not None
             request = Request(prompt, settings.sampling, most, settings.ignore_eos, logprobs)
-            try:
-                self._worker.engine.check(request)
-            except UserError as error:
-                code = "context_length_exceeded" if "limit" in str(error) else None
-                raise ApiError(400, str(error), code=code) from None
+            self._check(request)
             for k in range(settings.n):
                 choices.append(Choice(self._lm, request, settings, k, guide, transforms))
         for k, choice in enumerate(choices):
             choice.index = k
         self._worker.submit([choice.job for choice in choices])
         return choices
+
+    def _check(self, request: Request) -> None:
+        try:
+            self._worker.engine.check(request)
+        except UserError as error:
+            code = "context_length_exceeded" if "limit" in str(error) else None
+            raise ApiError(400, str(error), code=code) from None
+
+    def _count_prompts(self, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            self._metrics.prompt_tokens.labels("yes").inc(answer.reused)
+            self._metrics.prompt_tokens.labels("no").inc(answer.request.prompt.length - answer.reused)
 
     async def _respond(
         self,
@@ -212,18 +254,10 @@ class Api:
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache"},
             )
-        gone = asyncio.ensure_future(_disconnected(http))
-        whole = asyncio.ensure_future(writer.whole(events, choices))
-        # what it ends with is of no interest once the client has gone
-        whole.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            await asyncio.wait({gone, whole}, return_when=asyncio.FIRST_COMPLETED)
-            if whole.done():
-                return JSONResponse(whole.result())
-            return Response(status_code=499)  # nobody reads it
+            whole = await _unless_gone(http, writer.whole(events, choices))
+            return Response(status_code=499) if whole is None else JSONResponse(whole)
         finally:
-            gone.cancel()
-            whole.cancel()
             self._worker.cancel(choice.job for choice in choices)
 
     async def _events(
@@ -262,10 +296,7 @@ class Api:
                     choice.attention = await _in_thread(look, choice, limiter=self._one)
                 yield choice, piece
             self._metrics.duration.observe(time.monotonic() - began)
-            for choice in choices:
-                reused = choice.answer.reused
-                self._metrics.prompt_tokens.labels("yes").inc(reused)
-                self._metrics.prompt_tokens.labels("no").inc(choice.answer.request.prompt.length - reused)
+            self._count_prompts(choice.answer for choice in choices)
         finally:
             for task in tasks:
                 task.cancel()
@@ -294,6 +325,19 @@ def _png_url(picture: PIL.Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Any]) -> Any:
+    """What the work ends with; None once the client has gone, as nobody reads it."""
+    gone, task = asyncio.ensure_future(_disconnected(http)), asyncio.ensure_future(work)
+    # what it ends with is of no interest once the client has gone
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    try:
+        await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        gone.cancel()
+        task.cancel()
 
 
 async def _disconnected(http: HttpRequest) -> None:

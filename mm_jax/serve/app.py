@@ -36,7 +36,7 @@ def build(lm: LanguageModel, options: ServeOptions) -> Starlette:
     longest = options.max_length or lm.max_length
     pieces = tuple(n for n in PIECES if n <= options.slots)
     engine = lm.engine(options.slots, steps=1, max_length=longest, cache_length=longest, pieces=pieces)
-    worker = Worker(engine, options.slots + options.queue, lm.sample_media())
+    worker = Worker(engine, options.slots + options.queue, lm.sample_media(longest))
     metrics = Metrics(worker, options.slots)
     api = Api(lm, worker, options, metrics)
     page = PAGE.read_text(encoding="utf-8")
@@ -60,6 +60,7 @@ def build(lm: LanguageModel, options: ServeOptions) -> Starlette:
         Route("/v1/models", api.models),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/v1/embeddings", api.embeddings, methods=["POST"]),
     ]
     app = Starlette(
         routes=routes, lifespan=life, exception_handlers={ApiError: _api_error, HTTPException: _http_error}

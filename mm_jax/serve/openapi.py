@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from mm_jax.inference.sampling import ALTERNATIVES
-from mm_jax.serve.schema import CHAT, COMPLETION, IGNORED, NUMBERS, STOPS
+from mm_jax.serve.schema import CHAT, COMPLETION, EMBEDDING, IGNORED, INPUTS, NUMBERS, STOPS
 
 Schema = dict[str, Any]
 
@@ -72,10 +72,17 @@ _MESSAGE = _object(
     tool_call_id=_TEXT,
 )
 _IDS = _list({"type": "integer", "minimum": 0}, minItems=1)
+_PARTS = _list({"$ref": "#/components/schemas/Part"}, minItems=1)
 _FIELDS: dict[str, Schema] = {
     "model": _TEXT,
     "messages": _list({"$ref": "#/components/schemas/Message"}, minItems=1),
     "prompt": _one_of(_TEXT, _IDS, _list(_TEXT, minItems=1), _list(_IDS, minItems=1)),
+    "input": _one_of(
+        _TEXT | {"minLength": 1}, _IDS, _PARTS,
+        _list(_one_of(_TEXT | {"minLength": 1}, _IDS, _PARTS), minItems=1, maxItems=INPUTS),
+    ),
+    "encoding_format": {"type": "string", "enum": ["float", "base64"]},
+    "dimensions": {"type": "integer", "minimum": 1, "description": "none but the model's own are possible"},
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
     "stop": _one_of(_TEXT | {"minLength": 1}, _list(_TEXT | {"minLength": 1}, maxItems=STOPS)),
     "ignore_eos": _FLAG,
@@ -127,9 +134,23 @@ _ANSWER = _object(
 )
 
 
-def _responses(text: str, kind: str, schema: Schema, *failures: int) -> dict[str, Any]:
+_VECTOR = _one_of(_list({"type": "number"}), _TEXT | {"contentEncoding": "base64"})
+_VECTORS = _object(
+    ("object", "data", "model", "usage"),
+    object=_TEXT,
+    data=_list(
+        _object(("object", "index", "embedding"), object=_TEXT, index={"type": "integer"}, embedding=_VECTOR)
+    ),
+    model=_TEXT,
+    usage=_object(
+        ("prompt_tokens", "total_tokens"), prompt_tokens={"type": "integer"}, total_tokens={"type": "integer"}
+    ),
+)
+
+
+def _responses(text: str, kind: str, schema: Schema, *failures: int, streams: bool = False) -> dict[str, Any]:
     content = {kind: {"schema": schema}}
-    if kind == "application/json" and failures:
+    if streams:
         content["text/event-stream"] = {"schema": _TEXT}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     names = {400: "a mistake of the request", 401: "the key is missing or wrong", 404: "another model",
@@ -139,15 +160,16 @@ def _responses(text: str, kind: str, schema: Schema, *failures: int) -> dict[str
     return found | {str(status): {"description": names[status], "content": error} for status in failures}
 
 
-def _post(text: str, schema: str) -> dict[str, Any]:
+def _post(text: str, schema: str, answer: str = "Answer") -> dict[str, Any]:
     body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
     failures = (400, 401, 404, 413, 429, 503, 504)
-    answer = {"$ref": "#/components/schemas/Answer"}
+    found = {"$ref": f"#/components/schemas/{answer}"}
+    streams = answer == "Answer"
     return {
         "post": {
             "summary": text,
             "requestBody": {"required": True, "content": body},
-            "responses": _responses("an answer", "application/json", answer, *failures),
+            "responses": _responses("an answer", "application/json", found, *failures, streams=streams),
         }
     }
 
@@ -169,7 +191,9 @@ def document(model: str, key: bool) -> dict[str, Any]:
         "Message": _MESSAGE,
         "ChatRequest": _request(CHAT, "messages"),
         "CompletionRequest": _request(COMPLETION, "prompt", **top),
+        "EmbeddingRequest": _request(EMBEDDING, "input"),
         "Answer": _ANSWER,
+        "Vectors": _VECTORS,
         "Error": _ERROR,
     }
     found: dict[str, Any] = {
@@ -183,6 +207,7 @@ def document(model: str, key: bool) -> dict[str, Any]:
             "/v1/models": _get("the model", "application/json", listed, 401),
             "/v1/chat/completions": _post("Answer a conversation", "ChatRequest"),
             "/v1/completions": _post("Continue a text", "CompletionRequest"),
+            "/v1/embeddings": _post("Turn texts and pictures into vectors", "EmbeddingRequest", "Vectors"),
         },
         "components": {"schemas": schemas},
     }

@@ -33,6 +33,7 @@ CHAT = (
     *_SHARED,
 )
 COMPLETION = ("prompt", "echo", *_SHARED)
+EMBEDDING = ("model", "input", "encoding_format", "dimensions")
 # name -> type, least and largest value
 NUMBERS: dict[str, tuple[type, float, float]] = {
     "temperature": (float, 0, 2),
@@ -49,6 +50,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "top_logprobs": (int, 0, ALTERNATIVES),
 }
 STOPS = 16  # texts that end an answer
+INPUTS = 2048  # of one request for vectors
 _LEVELS = 32  # of nested JSON; nothing that is asked for needs more
 
 
@@ -108,6 +110,19 @@ class CompletionRequest:
     prompts: list[str | list[int]]
     settings: Settings
     echo: bool = False
+
+
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    """POST /v1/embeddings.
+
+    Attributes:
+      inputs: each a text, token ids, or parts of a message.
+      packed: vectors as base64.
+    """
+
+    inputs: list[str | list[int] | list[dict[str, Any]]]
+    packed: bool = False
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -290,15 +305,11 @@ def completion_request(body: Mapping[str, Any], options: ServeOptions) -> Comple
     """Raises ApiError naming the field that is wrong."""
     take = _Body(body, COMPLETION)
     prompt = take.raw("prompt")
-
-    def ids(value: Any) -> bool:
-        return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
-
-    prompts = [prompt] if isinstance(prompt, str) or ids(prompt) else prompt
+    prompts = [prompt] if isinstance(prompt, str) or _list_of(prompt, int) else prompt
     if (
         not isinstance(prompts, list)
         or not prompts
-        or not all(ids(p) or (isinstance(p, str) and p) for p in prompts)
+        or not all(_list_of(p, int) or (isinstance(p, str) and p) for p in prompts)
     ):
         raise ApiError(400, "prompt must be a text, a list of token ids, or a list of those", param="prompt")
     if len(prompts) > options.queue:
@@ -307,14 +318,49 @@ def completion_request(body: Mapping[str, Any], options: ServeOptions) -> Comple
     return CompletionRequest(prompts, settings, take("echo", bool, False))
 
 
-def check_messages(messages: list[Any], options: ServeOptions) -> None:
+def _list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(each) is kind for each in value)
+
+
+def inputs_of(body: Mapping[str, Any]) -> list[Any]:
+    """The "input" of a request for vectors as a list: one text, list of token ids or list of parts is one input."""
+    found = body.get("input")
+    single = isinstance(found, str) or _list_of(found, int) or _list_of(found, dict)
+    return [found] if single else found if isinstance(found, list) else []
+
+
+def embedding_request(body: Mapping[str, Any], options: ServeOptions, size: int) -> EmbeddingRequest:
+    """Raises ApiError naming the field that is wrong. size: numbers in a vector."""
+    take = _Body(body, EMBEDDING)
+    inputs = inputs_of(body)
+    if not inputs or not all(
+        (isinstance(one, str) and one) or _list_of(one, int) or _list_of(one, dict) for one in inputs
+    ):
+        text = "input must be a text, a list of token ids, a list of parts, or a list of those; none may be empty"
+        raise ApiError(400, text, param="input")
+    if len(inputs) > INPUTS:
+        raise ApiError(400, f"{len(inputs)} inputs in one request; at most {INPUTS}", param="input")
+    form = take("encoding_format", str, "float")
+    if form not in ("float", "base64"):
+        raise ApiError(400, 'encoding_format must be "float" or "base64"', param="encoding_format")
+    wanted = take("dimensions", int, size, 1)
+    if wanted != size:
+        text = f"the vectors of this model have {size} numbers, and it was not trained to have them cut"
+        raise ApiError(400, f"dimensions is {wanted}; {text}", param="dimensions")
+    check_messages(
+        [{"role": "user", "content": one} for one in inputs if _list_of(one, dict)], options, "input"
+    )
+    return EmbeddingRequest(inputs, form == "base64")
+
+
+def check_messages(messages: list[Any], options: ServeOptions, name: str = "messages") -> None:
     """Roles, parts and media: nothing may name a file, and no medium may be larger than allowed."""
     pictures, seconds = 0, 0.0
     for k, message in enumerate(messages):
-        where = f"messages.{k}"
+        where = f"{name}.{k}"
 
         def bad(text: str, where: str = where) -> ApiError:
-            return ApiError(400, f"{where}: {text}", param="messages")
+            return ApiError(400, f"{where}: {text}", param=name)
 
         if not isinstance(message, dict):
             raise bad("a message is an object")

@@ -39,6 +39,11 @@ def requests(lm, **options):
     ]
 
 
+def vectors(lm):
+    """The same prompts, to be turned into vectors."""
+    return [Request(request.prompt, max_new_tokens=1, embed=True) for request in requests(lm)]
+
+
 def finish(engine, answers):
     while not all(answer.finish for answer in answers):
         engine.step()
@@ -233,6 +238,28 @@ def test_logprobs_are_those_of_the_full_forward_pass(lm, alone):
         np.testing.assert_allclose([value for _, value in found.top], row[best], atol=1e-4)
 
 
+def test_vectors(lm, engine, alone):
+    """Those of the full forward pass, read in pieces, beside answers under way, and none the others' business."""
+    wanted = requests(lm)
+    talking = [engine.submit(wanted[k]) for k in (0, 3)]
+    engine.step()
+    read = [engine.submit(request) for request in vectors(lm)]
+    assert finish(engine, talking) == [alone[0], alone[3]]
+    finish(engine, read)
+    for messages, answer in zip(MESSAGES, read, strict=True):
+        assert answer.finish == "stop" and not answer.tokens and answer.hidden.shape == (32,)
+        length = answer.request.prompt.length
+        hidden = lm.model.apply({"params": lm.params}, lm.batch(messages), method="hidden")
+        np.testing.assert_allclose(answer.hidden, hidden[0, length - 1], atol=2e-4)
+    assert not engine.busy
+    # what has been read for a vector serves an answer
+    engine.reset()
+    finish(engine, [engine.submit(vectors(lm)[5])])
+    after = engine.submit(wanted[5])
+    assert finish(engine, [after]) == [alone[5]] and after.reused == after.request.prompt.length - 1
+    engine.reset()
+
+
 def test_nothing_compiles_after_warm_up(lm):
     """Every compilation of the process is counted, also those of stray operations outside the programs."""
     engine = lm.engine(
@@ -255,6 +282,7 @@ def test_nothing_compiles_after_warm_up(lm):
     finish(engine, again)
     guided = Request(wanted[1].prompt, max_new_tokens=3, guide=Only((5, 6, 7), lm.programs.vocab_size))
     finish(engine, [engine.submit(guided)])
+    finish(engine, [engine.submit(request) for request in vectors(lm)])
     assert dict(lm.programs.traces) == before
     assert compiled == []
 

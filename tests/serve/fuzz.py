@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from tests.serve.conftest import audio_part, image_part, text_part
 
-PATHS = ("/v1/chat/completions", "/v1/completions")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 SLOW = 60.0  # seconds that no request may take
 FINE = {200, 400, 401, 404, 405, 413, 429, 503}
 VALUES: list[Any] = [
@@ -62,8 +62,15 @@ def valid() -> list[tuple[str, dict[str, Any]]]:
         {"prompt": [["how"], [1, 2]][1]},
         {"prompt": ["a", "b"]},
     ]
-    return [(PATHS[0], {"max_tokens": 2, **body}) for body in chats] + [
-        (PATHS[1], {"max_tokens": 2, **body}) for body in texts
+    vectors = [
+        {"input": ["how many", [1, 2], [image_part(0), text_part("what")]], "encoding_format": "base64"},
+        {"input": [image_part(1)], "dimensions": None},
+        {"input": "red", "encoding_format": "float"},
+    ]
+    return [
+        *((PATHS[0], {"max_tokens": 2, **body}) for body in chats),
+        *((PATHS[1], {"max_tokens": 2, **body}) for body in texts),
+        *((PATHS[2], body) for body in vectors),
     ]
 
 
@@ -173,7 +180,7 @@ def by_hand(fuzz: Fuzz, count: int, seed: int = 0) -> None:
     for k in range(count):
         path, body = rng.choice(requests)
         whole = broken(body, rng)
-        if isinstance(whole, dict) and rng.random() < 0.9:
+        if isinstance(whole, dict) and path != PATHS[2] and rng.random() < 0.9:
             whole["max_tokens"] = 2
         data = json.dumps(whole).encode()
         fuzz.send(path, raw(data, rng) if rng.random() < 0.2 else data)
@@ -200,7 +207,7 @@ def by_schema(fuzz: Fuzz, url: str, count: int, seed: int = 0) -> None:
         @hypothesis.given(case=strategy)
         def one(case: Any) -> None:
             body = case.body
-            if isinstance(body, dict):
+            if isinstance(body, dict) and path != PATHS[2]:
                 body = {**body, "max_tokens": 2} if isinstance(body.get("max_tokens", 2), int) else body
             try:
                 data = json.dumps(body).encode()
@@ -212,7 +219,7 @@ def by_schema(fuzz: Fuzz, url: str, count: int, seed: int = 0) -> None:
 
     for path in PATHS:
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-            run(path, [mode], -(-count // 4))
+            run(path, [mode], -(-count // (2 * len(PATHS))))
             fuzz.well()
 
 

@@ -105,7 +105,7 @@ def test_malformed(server, name):
     ],
 )
 def test_bodies_that_are_no_request(server, body):
-    for path in ("/v1/chat/completions", "/v1/completions"):
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
         status, text = server.send(path, body)
         assert status == 400 and json.loads(text)["error"]["type"] == "invalid_request_error"
 
@@ -114,6 +114,38 @@ def test_bodies_that_are_no_request(server, body):
 def test_malformed_completions(server, prompt):
     status, text = server.send("/v1/completions", json.dumps({"prompt": prompt}).encode())
     assert status == 400, text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"input": None},
+        {"input": ""},
+        {"input": []},
+        {"input": [""]},
+        {"input": " "},
+        {"input": [[]]},
+        {"input": ["x", 5]},
+        {"input": [5, "x"]},
+        {"input": [10**9]},
+        {"input": [True]},
+        {"input": {"a": 1}},
+        {"input": [{"type": "smell"}]},
+        {"input": [[{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]]},
+        {"input": [{"type": "image_url", "image_url": {"url": BIG}}]},
+        {"input": "x", "encoding_format": "int8"},
+        {"input": "x", "dimensions": 0},
+        {"input": "x", "dimensions": 16},
+        {"input": "red " * 1200},
+        {"input": ["x"] * 3000},
+        {"input": "x", "temperature": 1},
+    ],
+)
+def test_malformed_embeddings(server, body):
+    status, text = server.send("/v1/embeddings", json.dumps(body).encode())
+    error = json.loads(text)["error"]
+    assert status == 400 and error["type"] == "invalid_request_error" and "\n" not in error["message"]
 
 
 def test_still_answers(server):

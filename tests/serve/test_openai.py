@@ -239,6 +239,46 @@ def test_completions(client, lm):
     assert "".join(piece.choices[0].text for piece in streamed) == found.choices[0].text
 
 
+EMBEDDED = [
+    "how many circles are there",
+    "red",
+    [image_part(0)],
+    [image_part(0), text_part("what colour")],
+    [audio_part(1)],
+]
+
+
+def test_embeddings(client, lm, server):
+    """The vectors of Python, packed (as the client asks by default) and not, together and alone."""
+    packed = client.embeddings.create(model=MODEL, input=EMBEDDED)
+    assert [each.index for each in packed.data] == list(range(len(EMBEDDED)))
+    found = np.array([each.embedding for each in packed.data])
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(found, lm.embed(EMBEDDED), atol=1e-5)
+    # unlike each other: the picture, and the text beside it, count
+    likeness = found @ found.T - 2 * np.eye(len(found))
+    assert likeness.max() < 0.999
+    read = sum(lm.embedding_prompt(one).length for one in EMBEDDED)
+    assert packed.usage.prompt_tokens == packed.usage.total_tokens == read
+    for one, vector in zip(EMBEDDED, found, strict=True):
+        alone = client.embeddings.create(model=MODEL, input=one, encoding_format="float", dimensions=32)
+        np.testing.assert_allclose(alone.data[0].embedding, vector, atol=1e-5)
+    ids = list(lm.processor.tokenizer.encode("how many"))
+    same = client.embeddings.create(model=MODEL, input=[ids, ids]).data
+    np.testing.assert_allclose([each.embedding for each in same], lm.embed([ids, ids]), atol=1e-5)
+
+
+def test_more_inputs_than_rows_and_queue(client, server):
+    texts = [f"{k} circles" for k in range(30)]
+    found = client.embeddings.create(model=MODEL, input=texts)
+    assert len(found.data) == 30
+    assert settled(server, "slots_used ", 0)
+    one = client.embeddings.create(model=MODEL, input=texts[7]).data[0].embedding
+    np.testing.assert_allclose(found.data[7].embedding, one, atol=1e-5)
+    with pytest.raises(openai.BadRequestError, match="32 numbers"):
+        client.embeddings.create(model=MODEL, input="red", dimensions=16)
+
+
 def settled(server, name: str, value: float) -> bool:
     limit = time.monotonic() + 60
     while server.metric(name) != value and time.monotonic() < limit:

@@ -29,7 +29,11 @@ def test_all_paths_are_in_it():
 
 
 def test_all_fields_are_in_it():
-    for name, known in (("ChatRequest", schema.CHAT), ("CompletionRequest", schema.COMPLETION)):
+    for name, known in (
+        ("ChatRequest", schema.CHAT),
+        ("CompletionRequest", schema.COMPLETION),
+        ("EmbeddingRequest", schema.EMBEDDING),
+    ):
         found = SCHEMAS[name]
         assert set(found["properties"]) == {*known, *schema.IGNORED} and not found["additionalProperties"]
         assert all(found["properties"][field] for field in known)
