@@ -8,7 +8,7 @@ the rows or columns that show only black, and with a newline after each row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -189,6 +189,11 @@ class AnyRes(MediaRule):
             self._item(view, tuple(size.tolist()) if cut else None)
             for view, size, cut in zip(views, sizes, _cut(groups), strict=True)
         ]
+
+    def spans(self, longest: int) -> Iterable[int]:
+        """Tiles whose features are mixed are one."""
+        tiles = {rows * columns // self.size**2 for rows, columns in self.sizes}
+        return (1, *(count for count in tiles if self.most is not None and count > self.most))
 
     def _item(self, views: np.ndarray, size: Size | None) -> Item:
         """A picture of (height, width) in tiles, or without one."""

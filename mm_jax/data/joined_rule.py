@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -42,6 +42,9 @@ class JoinedRule(MediaRule):
 
     def items(self, kind: str, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[Item]:
         return self.rules[kind].items(kind, arrays, counts)
+
+    def spans(self, longest: int) -> Iterable[int]:
+        return self.rules["image"].spans(longest) if "image" in self.rules else ()
 
     def positions(self, tokens: np.ndarray, items: Mapping[str, Sequence[Item]]) -> np.ndarray:
         found = (

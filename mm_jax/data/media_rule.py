@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -211,6 +211,11 @@ class MediaRule:
     def positions(self, tokens: np.ndarray, items: Mapping[str, Sequence[Item]]) -> np.ndarray:
         """int32 [T] or [T, axes]: the decoder's positions of one conversation of tokens [T] with these items."""
         return np.arange(len(tokens), dtype=np.int32)
+
+    def spans(self, longest: int) -> Iterable[int]:
+        """Slots that a picture, tile or frame may take which the encoder must see as a whole, for those that prompts of
+        at most `longest` tokens have room for."""
+        return (1,)
 
     def transform(self, size: tuple[int, int]) -> Transform:
         """Where the pixels of a picture of (width, height) are in the picture that the text's boxes speak of."""

@@ -42,6 +42,13 @@ def fitting_size(
     return rows, columns
 
 
+def largest_area(bounds: tuple[int, int], factor: int) -> int:
+    """No fewer pixels than `fitting_size` gives of any picture: it rounds sides, thin ones up to `factor`."""
+    least, most = bounds
+    longest = math.ceil(math.sqrt(MAX_ASPECT * max(least, most)))
+    return max(most, least + 2 * factor * longest)
+
+
 def patchify(frames: np.ndarray, patch: int, per_patch: int, merge: int) -> tuple[np.ndarray, Grid]:
     """Frames float32 [T, H, W, 3] to patches [P, 3 * per_patch * patch * patch] and their grid.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -14,7 +14,7 @@ from mm_jax.data.box_text import BoxText
 from mm_jax.data.image import Transform
 from mm_jax.data.media_rule import MEDIA, Arrays, Item, MediaRule, Settings
 from mm_jax.data.messages import Box, Part
-from mm_jax.data.native_pixels import NativePixels, pixel_bounds
+from mm_jax.data.native_pixels import NativePixels, largest_area, pixel_bounds
 from mm_jax.data.native_video import RATE, NativeVideo, patch_times
 from mm_jax.data.patches import Medium, PatchLayout, positions, slots
 from mm_jax.data.pixels import PixelRule
@@ -108,6 +108,19 @@ class NativeRule(MediaRule):
         if self.timed:
             arrays["video_times"] = np.array(times)
         return arrays
+
+    def spans(self, longest: int) -> Iterable[int]:
+        """Patches of a picture or frame."""
+        if self.settings.image is None:
+            return ()
+        frames = [self.video_pixels] if "video" in self.tokens else []
+        most = longest * self.layout.merge**2
+        if all(each.rule.size is not None for each in (self.pixels, *frames)):
+            pixels = max(
+                largest_area(each.bounds, self.patch * self.layout.merge) for each in (self.pixels, *frames)
+            )
+            most = min(most, pixels // self.patch**2)
+        return range(self.layout.block, self.layout.most_slots(most) + 1, self.layout.block)
 
     def transform(self, size: tuple[int, int]) -> Transform:
         rows, columns = self.pixels.size(size[1], size[0])

@@ -48,6 +48,13 @@ class PatchLayout:
             return grid[0] * grid[1] * grid[2]
         return grid[0] * -(-grid[1] // self.window) * -(-grid[2] // self.window) * self.window**2
 
+    def most_slots(self, patches: int) -> int:
+        """Slots of a picture of at most so many patches: those of thin ones leave windows empty."""
+        if not self.window:
+            return patches // self.block * self.block
+        sides = range(self.merge, max(int(patches**0.5), self.merge) + 1, self.merge)
+        return max(self.num_slots((1, rows, patches // rows)) for rows in sides)
+
     def arrays(self, values: int) -> tuple[tuple[str, tuple[int, ...], str], ...]:
         """(name, trailing shape, dtype) of what the tower takes, for patches of so many values."""
         names = [
