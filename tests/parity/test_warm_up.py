@@ -16,7 +16,7 @@ from mm_jax.inference.request import Request  # noqa: E402
 from tests.parity import hosts, test_anyres, test_qwen_chat  # noqa: E402
 
 SIZES = [(60, 31), (17, 90), (24, 24), (8, 8), (300, 9), (3, 200), (200, 200), (41, 39), (640, 480)]
-LONGEST = 256
+LONGEST = 128
 
 
 def questions(video: bool) -> list[list]:
@@ -63,7 +63,7 @@ def check(lm, video: bool = True) -> set[tuple]:
 def test_qwen2_vl(tmp_path):
     test_qwen_chat.build(tmp_path)
     lm = mm_jax.load(tmp_path)
-    assert len(check(lm)) > 3
+    assert len(check(lm)) == 3
     prompt = lm.read(lm.prompt([Message("user", tuple(Image(hosts.picture(*size)) for size in SIZES[:3]))]))
     assert [len(m.arrays["patches"]) for m in prompt.media] == [
         span_bucket(int((m.arrays["patch_segment_ids"] > 0).sum()), lm.layout) for m in prompt.media
