@@ -4,7 +4,7 @@ Siglip2ImageProcessor)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -123,6 +123,13 @@ class NaflexRule(NativeRule):
         height, width = self.size(size[1], size[0])
         side = self.patch * self.layout.merge
         return height // side, width // side
+
+    def spans(self, longest: int) -> Iterable[int]:
+        if self.settings.image is None:
+            return ()
+        room = longest * self.layout.merge**2
+        most = room if self.rule.size is None else min(self.most, room)
+        return range(self.layout.block, self.layout.most_slots(most) + 1, self.layout.block)
 
     def items(self, kind: str, arrays: Mapping[str, np.ndarray], counts: Sequence[int]) -> list[Item]:
         if lost := [name for name in ("pixel_values", "spatial_shapes") if name not in arrays]:
