@@ -73,7 +73,7 @@ def abstract_batch(config: RunConfig, stage: Stage) -> dict[str, jax.ShapeDtypeS
     LLaVA-OneVision has.
     """
     if config.processor is None:
-        layout = layout_of(config.model, None, ())
+        layout = dataclasses.replace(layout_of(config.model, None, ()), names=stage.naming > 0)
     else:
         layout = Layout.of_config(
             config.processor,

@@ -342,10 +342,10 @@ def check_init(config: RunConfig) -> None:
                 f"model.{name} is set, but init.{name} is not: name a checkpoint, or set it to None"
             )
     for name, stage in config.stages.items():
-        if stage.loss != "next_token" or stage.naming:
+        if stage.loss == "dense":
             raise UserError(
-                f"stages.{name}: a run with init.checkpoint or init.decoder has stages with the loss next_token and "
-                "without naming"
+                f"stages.{name}: a run with init.checkpoint or init.decoder has stages with the losses next_token and "
+                "preference"
             )
 
 

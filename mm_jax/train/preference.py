@@ -20,7 +20,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from mm_jax.data.messages import Audio, Box, Conversation, Image, Message, Part, Text, conversation_to_json
+from mm_jax.data.example import Example
+from mm_jax.data.messages import (
+    Audio,
+    Box,
+    Conversation,
+    Image,
+    Message,
+    Part,
+    Text,
+    Video,
+    conversation_to_json,
+)
 from mm_jax.data.packing import FirstFitPacker, Layout, collate, refusal, size_of
 from mm_jax.errors import UserError
 from mm_jax.models import Execution
@@ -29,7 +40,7 @@ from mm_jax.parallel.mesh import Demand, MeshConfig, make_mesh
 from mm_jax.parallel.rules import place_tree
 from mm_jax.serialize import from_json, to_json
 from mm_jax.train.config import PreferenceConfig, Stage
-from mm_jax.train.encode import Encode
+from mm_jax.train.encode import Encode, PretrainedEncode, text_alone
 from mm_jax.train.losses import answer_log_probs
 from mm_jax.train.optimizer import tree_bytes
 from mm_jax.train.setup import Setup, sample
@@ -123,7 +134,7 @@ def mine(setup: Setup, stage: Stage, params: dict[str, Any]) -> list[tuple[Conve
         common.setdefault(answer.task, Counter())[answer_text(answer.parts)] += 1
         parts[answer_text(answer.parts)] = answer.parts
     found = []
-    for conversation, said in zip(asked, _answers(setup, params, asked), strict=True):
+    for conversation, said in zip(asked, _answers(setup, stage, params, asked), strict=True):
         gold = conversation.messages[-1]
         right = answer_text(gold.parts)
         wrong = bool(answer_text(said)) and answer_text(said) != right
@@ -162,7 +173,9 @@ def alone(conversation: Conversation, turn: int) -> Conversation:
     """
     before = conversation.messages[: turn - 1]
     system = tuple(m for m in before if m.role == "system")
-    media = tuple(p for m in before if m.role == "user" for p in m.parts if isinstance(p, Image | Audio))
+    media = tuple(
+        p for m in before if m.role == "user" for p in m.parts if isinstance(p, Image | Audio | Video)
+    )
     user = conversation.messages[turn - 1]
     user = dataclasses.replace(user, parts=media + user.parts)
     return dataclasses.replace(conversation, messages=(*system, user, conversation.messages[turn]))
@@ -223,16 +236,20 @@ def log_probs(setup: Setup, stage: Stage, params: dict[str, Any], found: list[Co
     return np.array(scored, np.float32).reshape(-1, 2)
 
 
-def _answers(setup: Setup, params: dict[str, Any], asked: list[Conversation]) -> list[list[Part]]:
+def _answers(
+    setup: Setup, stage: Stage, params: dict[str, Any], asked: list[Conversation]
+) -> list[list[Part]]:
     """Greedy answers to conversations that end with the right answer; of several processes each asks its share."""
     from mm_jax.lm import LanguageModel  # not needed by the other stages
 
-    lm = LanguageModel(setup.model_config, params, setup.processor)
+    encode = Encode.of(setup.processor, stage)
     mine = asked[processes.index() :: processes.count()]
     prompts: list[tuple[Message, ...]] = [c.messages[:-1] for c in mine]
     distinct = {answer_text(c.messages[-1].parts): c for c in asked}
-    answers = [setup.processor.example(c, media=False) for c in list(distinct.values())[:100]]
+    answers = [_without_media(encode, c) for c in list(distinct.values())[:100]]
     longest = max(int((example.loss_weights > 0).sum()) for example in answers) + LONGER
+    room = max(1024, stage.batch.length + longest)
+    lm = LanguageModel(setup.model_config, params, encode.processor, max_length=room)
     found: list[list[Part]] = []
     quiet = None if processes.is_first() else True
     for start in tqdm(range(0, len(prompts), ROWS), desc="own answers", disable=quiet, leave=False):
@@ -244,13 +261,27 @@ def _answers(setup: Setup, params: dict[str, Any], asked: list[Conversation]) ->
     return [list(from_json(tuple[Text | Box, ...], parts)) for parts in said]
 
 
+def _without_media(encode: Encode | PretrainedEncode, conversation: Conversation) -> Example:
+    if isinstance(encode, PretrainedEncode):
+        return encode.processor.example(text_alone(conversation))
+    return encode.processor.example(conversation, media=False)
+
+
 def _to_json(pair: Conversation, directory: Path) -> dict[str, Any]:
-    """Chat JSON of a pair, encoded media as files in `directory`/media, each content once."""
+    """Chat JSON of a pair, encoded media as files in `directory`/media, each content once; files stay in place."""
     media = directory / "media"
 
+    def found(source: Any) -> Any:
+        if isinstance(source, list):
+            return [found(one) for one in source]
+        is_path = isinstance(source, str) and not source.startswith(("data:", "http://", "https://"))
+        return str(Path(source).absolute()) if is_path else source
+
     def stored(part: Part) -> Part:
-        if not isinstance(part, Image | Audio) or not isinstance(part.source, bytes):
+        if not isinstance(part, Image | Audio | Video):
             return part
+        if not isinstance(part, Image | Audio) or not isinstance(part.source, bytes):
+            return dataclasses.replace(part, source=found(part.source))
         media.mkdir(exist_ok=True)
         name = hashlib.sha256(part.source).hexdigest()[:24] + (".png" if isinstance(part, Image) else ".wav")
         (media / name).write_bytes(part.source)

@@ -16,6 +16,7 @@ from mm_jax.data.pretrained import PretrainedProcessor
 from mm_jax.data.processor import Processor, ProcessorConfig
 from mm_jax.data.sources import Source, open_source
 from mm_jax.errors import UserError
+from mm_jax.families.media import layout_of
 from mm_jax.models import Execution, MultimodalConfig, MultimodalLM, dummy_batch
 from mm_jax.parallel import processes
 from mm_jax.train.config import RunConfig, check_same_run, read_config, save_config
@@ -132,6 +133,11 @@ def check_model(config: RunConfig) -> None:
 
     if rules is None:
         _check_slots(config)
+        for name, stage in config.stages.items():
+            if stage.naming and not model.patch_slots and not all(layout_of(model, None, ()).image_grid):
+                raise UserError(
+                    f"stages.{name}.naming needs media tokens with a place in a picture; those of this model have none"
+                )
         return
     if (model.vision is None) != (rules.image is None):
         raise UserError("model.vision and processor.image must both be set or both be None")
