@@ -11,6 +11,7 @@ import numpy as np
 
 from mm_jax.checkpoint.hf import HFCheckpoint, is_hf, load_hf, save_hf
 from mm_jax.checkpoint.kept import is_kept, open_kept
+from mm_jax.checkpoint.own import is_own, load_own
 from mm_jax.checkpoint.pretrained import processor_of
 from mm_jax.data.example import TAPS, Example
 from mm_jax.data.media_rule import MediaRule
@@ -385,7 +386,8 @@ def load(
     rules: Rules = Rules(),
     weights: Weights = "float",
 ) -> LanguageModel | Tower:
-    """The model of a Hugging Face directory (one with a model_type in its config.json), or of a run.
+    """The model of a Hugging Face directory (one with a model_type in its config.json), of a run, or of a directory in
+    our own format, which `python -m mm_jax convert` writes of a run.
 
     Args:
       stage: of a run; its newest checkpoint without.
@@ -406,7 +408,16 @@ def load(
     if is_hf(path):
         if stage is not None:
             raise UserError(f"{path} is a Hugging Face checkpoint and has no stages")
-        checkpoint, params = load_hf(path, dtype, None if mesh is None else place(mesh, rules))
+        where = None if mesh is None else place(mesh, rules)
+        if is_own(path):
+            from mm_jax.train.start import load_processor  # training code is not needed for others
+
+            config, params, length = load_own(Path(path), dtype, where)
+            processor = load_processor(Path(path), config)
+            execution = Execution(mesh, rules.axes())
+            params = quantised(params, weights)
+            return LanguageModel(config, params, processor, max_length=length, execution=execution)
+        checkpoint, params = load_hf(path, dtype, where)
         system = checkpoint.system
         if not isinstance(system.config, MultimodalConfig):
             if weights != "float":
@@ -454,7 +465,10 @@ def save(lm: LanguageModel | Tower, directory: str | Path, format: str = "hf") -
     if any(isinstance(x, Quantised) for x in jax.tree.leaves(lm.params, is_leaf=_whole)):
         raise UserError("weights that were made integers cannot be saved; load the model without")
     if lm.checkpoint is None:
-        raise UserError("this model belongs to no Hugging Face family, so it has no such checkpoint")
+        raise UserError(
+            "this model belongs to no Hugging Face family, so it has no such checkpoint; "
+            "python -m mm_jax convert writes its run in another way"
+        )
     save_hf(directory, lm.checkpoint, lm.params)
 
 

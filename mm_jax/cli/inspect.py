@@ -39,8 +39,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--image is {width} x {height} pixels; at most 50000000 are read")
 
     from mm_jax.checkpoint.hf import is_hf  # after --help: this imports jax
+    from mm_jax.checkpoint.own import is_own
 
-    lines = _hf(options.directory, width, height) if is_hf(options.directory) else _run(options.directory)
+    if is_own(options.directory):
+        lines = _own(options.directory)
+    else:
+        lines = _hf(options.directory, width, height) if is_hf(options.directory) else _run(options.directory)
     names = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:{names}}  {value}".rstrip())
@@ -76,6 +80,16 @@ def _run(directory: str) -> list[tuple[str, str]]:
     if config.model.vision is not None:
         lines.append(("picture", f"{config.model.image_tokens} tokens, whatever its size"))
     return lines + _memory(config.model, shapes, 4, longest)
+
+
+def _own(directory: str) -> list[tuple[str, str]]:
+    from mm_jax.checkpoint.hf import abstract_params
+    from mm_jax.checkpoint.own import read_own
+
+    config, length = read_own(directory)
+    shapes = abstract_params(config)
+    lines = [("family", "none: mm_jax's own format"), ("dtype", config.dtype), *_parts(shapes)]
+    return lines + _memory(config, shapes, {"float32": 4, "bfloat16": 2}[config.dtype], length)
 
 
 def _parts(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str]]:
