@@ -248,7 +248,7 @@ def test_readme_fine_tuning(tmp_path, monkeypatch, capsys):
 
 
 def test_compiles_without_the_checkpoints(capsys):
-    """The sizes of LLaVA-1.5-7B and Qwen2-VL-7B are in their configs; those of others are not."""
+    """The sizes of LLaVA-1.5-7B and Qwen2-VL-7B are in their configs; those of InternVL2.5-4B are not."""
     from mm_jax.train.ahead import abstract_batch
     from mm_jax.train.start import planned_config
 

@@ -127,3 +127,16 @@ def test_shipped_configs_are_consistent(name: str) -> None:
     assert config.name == name
     if config.processor is not None:
         check_model(config)
+
+
+@pytest.mark.parametrize(
+    "name, parameters", [("internvl2_5_26b", 25_514_186_112), ("qwen2_vl_72b", 73_405_560_320)]
+)
+def test_sizes_in_configs_are_those_of_the_hub(name: str, parameters: int) -> None:
+    """As the hub shows them for the released checkpoints."""
+    import jax
+
+    from mm_jax.train.setup import abstract_params
+
+    model = load_config(CONFIGS / f"{name}.py").model
+    assert sum(x.size for x in jax.tree.leaves(abstract_params(model))) == parameters
