@@ -195,16 +195,19 @@ def _trips(
 
 
 def _stride(loop: Instruction, place: int, computations: dict[str, dict[str, Instruction]]) -> int:
-    """By how much the body adds to the counter: XLA writes some loops with two rounds in one."""
+    """By how much the body adds to the counter: XLA writes some loops with two rounds in one, adding 2, or 1 twice."""
     found = re.search(r"body=%?([\w.\-]+)", loop.attributes)
     body = computations.get(found[1], {}) if found else {}
     root = next(reversed(body.values()), None)
     if root is None or root.opcode != "tuple" or place >= len(root.operands):
         return 1
-    added = body.get(root.operands[place])
-    if added is None or added.opcode != "add":
-        return 1
-    return max(max((_constant(body.get(name)) or 0 for name in added.operands), default=1), 1)
+    total, one = 0, body.get(root.operands[place])
+    while one is not None and one.opcode in ("add", "copy", "bitcast"):
+        numbers = [_constant(body.get(name)) for name in one.operands]
+        total += sum(number or 0 for number in numbers)
+        before = [name for name, number in zip(one.operands, numbers, strict=True) if number is None]
+        one = body.get(before[0]) if len(before) == 1 else None
+    return max(total, 1)
 
 
 def _constant(one: Instruction | None) -> int | None:

@@ -80,15 +80,18 @@ CONDITION = """
 ENTRY"""
 
 
-@pytest.mark.parametrize("start, stride, trips", [(0, 0, 7), (2, 0, 5), (0, 2, 4)])
-def test_a_loop_of_which_only_the_condition_tells(start: int, stride: int, trips: int):
+@pytest.mark.parametrize("start, stride, trips", [(0, "", 7), (2, "", 5), (0, "2", 4), (0, "1 1", 4)])
+def test_a_loop_of_which_only_the_condition_tells(start: int, stride: str, trips: int):
     first = (
         f"%zero = s32[] constant({start})\n  %init = (s32[], bf16[8,64], bf16[64,32]) tuple(%zero, %x, %w)\n"
     )
     text = TEXT.replace("ENTRY", CONDITION.lstrip(), 1).replace("%loop", f"{first}  %loop", 1)
     text = text.replace('"known_trip_count":{"n":"3"},', "")
     if stride:  # two rounds in one
-        more = f"%by = s32[] constant({stride})\n  %i = s32[] add(%old, %by)"
+        first, *second = stride.split()
+        more = f"%by = s32[] constant({first})\n  %i = s32[] add(%old, %by)"
+        if second:
+            more = more.replace("%i =", "%half =") + "\n  %i = s32[] add(%half, %by)"
         text = text.replace("  ROOT %out", f"  {more}\n  ROOT %out", 1)
     assert analyse(text).flops == 2 * 4 * 10 * 6 + trips * 2 * 8 * 32 * 64
 
