@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from mm_jax.data.example import Example
@@ -89,6 +88,8 @@ def _here(setup: Setup, params: dict[str, Any]) -> tuple[Setup, dict[str, Any]]:
     """Of several processes: with a copy of the parameters on the devices of this one alone."""
     if processes.count() == 1:
         return setup, params
+    from jax.experimental import multihost_utils  # a process alone starts faster without
+
     decoder, rules = setup.model_config.decoder, setup.config.rules
     demand = Demand(ROWS, tree_bytes(params), math.gcd(decoder.num_heads, decoder.num_kv_heads))
     mesh = make_mesh(MeshConfig(), demand, jax.local_devices())
