@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from mm_jax.models import ring, splash
+from mm_jax.models import blocks, ring, splash
 from mm_jax.models.execution import Execution
 
 Axes = tuple[str, str | None, str, str]  # logical axes of attention: rows, queries, heads, key/value heads
@@ -49,6 +49,11 @@ class Mask:
     def plain(self) -> bool:
         """Made of segments, order and windows alone."""
         return self.whole and self.table is None and self.always is None
+
+    @property
+    def ordered(self) -> bool:
+        """A query sees nothing behind itself, in the row that queries and keys share."""
+        return self.causal and self.whole and self.always is None
 
     def array(self, num_keys: int) -> jax.Array | None:
         """bool [B, 1, T, num_keys]; None when everybody sees everything."""
@@ -168,7 +173,7 @@ def attention(
       mask: who may look at whom; also bool [B or 1, 1, T, S], from `attention_mask`.
       scale: factor on query x key; None for H ** -0.5.
       cap: bound of the logits, cap * tanh(logits / cap) (Gemma-2); 0 for none.
-      bias: [B or 1, N, T, S], added to the logits; not together with a cap.
+      bias: [B or 1, N, T, S], added to the logits behind the cap.
       execution: says which kernel. All give the same numbers; XLA runs where a kernel cannot.
       axes: logical names of B, T, N and K.
 
@@ -188,15 +193,14 @@ def attention(
     kernel = choose_kernel(query, key, mask, cap, bias, execution)
     if kernel == "splash":
         return splash.attention(query, key, value, mask, scale, cap, execution, axes)
+    one_piece = execution.mesh is None or not execution.spec(query.shape, rows, queries, heads, None)[1]
+    causal = isinstance(mask, Mask) and mask.ordered and one_piece
     if isinstance(mask, Mask):
         mask = mask.array(key.shape[1])
-    if cap:
-        if bias is not None:
-            raise ValueError("bias and cap do not go together")
-        weights = attention_weights(query, key, mask, scale, cap).astype(query.dtype)
-        value = jnp.repeat(value, query.shape[2] // value.shape[2], axis=2)
-        return jnp.einsum("bnts,bsnh->btnh", weights, value)
-    return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation=kernel)
+    if kernel == "cudnn":
+        return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation=kernel)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return blocks.attention(query, key, value, mask, scale, cap, bias, causal)
 
 
 def choose_kernel(
@@ -213,17 +217,17 @@ def choose_kernel(
         ValueError: a kernel that is asked for by name cannot be used.
     """
     plain = bias is None and (mask is None or (isinstance(mask, Mask) and mask.plain))
-    blocks = plain and splash.fits(query.shape, key.shape)
+    fits = plain and splash.fits(query.shape, key.shape)
     # cuDNN's flash attention takes these, and a mask as a table
     halves = (
         query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 and query.shape[-1] % 8 == 0
     )
     cudnn = halves and not cap
     if execution.attention == "auto":
-        if execution.platform == "tpu" and blocks and query.shape[1] >= splash.SHORTEST:
+        if execution.platform == "tpu" and fits and query.shape[1] >= splash.SHORTEST:
             return "splash"
         return "cudnn" if execution.platform == "gpu" and cudnn else "xla"
-    if not {"splash": blocks, "cudnn": cudnn, "xla": True}[execution.attention]:
+    if not {"splash": fits, "cudnn": cudnn, "xla": True}[execution.attention]:
         raise ValueError(
             f"{execution.attention} attention cannot be used for queries {query.dtype}{list(query.shape)} and keys "
             f"{list(key.shape)} with {'no' if plain else 'a'} table or bias and cap {cap}"

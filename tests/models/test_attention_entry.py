@@ -1,5 +1,7 @@
 """The attention entry against a softmax written out in numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,36 @@ def test_the_weights_are_those_that_attention_uses(mask):
     weights = attention_weights(query, key, MASKS[mask])
     out = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(value, 2, axis=2))
     np.testing.assert_allclose(out, attention(query, key, value, MASKS[mask]), atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [150, 300])
+@pytest.mark.parametrize("window", [0, 70])
+def test_long_causal_rows_meet_only_the_keys_they_may_see(length, window):
+    """Rows long enough to be taken in blocks, with segments that begin within a block and a last block cut short."""
+    query, key, value = inputs(4, 2, length, length)
+    segments = np.stack([1 + np.arange(length) // 90, 1 + np.arange(length) // 200]).astype(np.int32)
+    mask = dataclasses.replace(models.row_mask(segments), window=jnp.int32(window))
+    expected, _ = reference.attention(query, key, value, mask.array(length))
+    np.testing.assert_allclose(attention(query, key, value, mask), expected, atol=2e-6)
+
+    def total(mask, *arrays):
+        return jnp.sin(attention(*arrays, mask)).sum()
+
+    # a table says nothing of its order, so all queries meet all keys at once
+    found, plain = (jax.grad(total, (1, 2, 3))(m, query, key, value) for m in (mask, mask.array(length)))
+    for ours, theirs in zip(found, plain, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_bias_is_added_behind_the_cap():
+    query, key, value = inputs(4, 2)
+    bias = np.random.default_rng(1).normal(size=(1, 4, 6, 6)).astype(np.float32)
+    logits = jnp.einsum("btnh,bsnh->bnts", query, jnp.repeat(key, 2, axis=2)) * 8**-0.5
+    for cap in (0.0, 2.0):
+        weights = jax.nn.softmax((cap * jnp.tanh(logits / cap) if cap else logits) + bias, axis=-1)
+        expected = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(value, 2, axis=2))
+        found = jax.jit(models.attention, static_argnames="cap")(query, key, value, bias=bias, cap=cap)
+        np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_a_row_that_sees_nothing_is_finite_and_so_are_its_gradients():
