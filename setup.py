@@ -9,6 +9,7 @@ QUICKSTART = ["scikit-learn>=1.4", "espeakng-loader>=0.2.4"]
 TPU = ["jax[tpu]>=0.10.2,<0.13"]  # also to compile for TPUs where there is none
 TENSORBOARD = ["tensorboardX>=2.6"]
 SERVE = ["starlette>=0.46", "uvicorn>=0.34", "prometheus_client>=0.21", "llguidance>=1.3"]
+VIDEO = ["av>=14"]  # films; animations need nothing
 # The reference that the zoo is compared with; 2.13.0 and 5.24.0 were tried.
 PARITY = ["torch==2.13.0", "transformers>=5,<6", "safetensors>=0.5"]
 TEST = [
@@ -50,9 +51,10 @@ setup(
         "quickstart": QUICKSTART,
         "tensorboard": TENSORBOARD,
         "serve": SERVE,
+        "video": VIDEO,
         "tpu": TPU,
         "parity": PARITY,
-        "test": QUICKSTART + TENSORBOARD + SERVE + PARITY + TEST,
+        "test": QUICKSTART + TENSORBOARD + SERVE + VIDEO + PARITY + TEST,
     },
     entry_points={"console_scripts": ["mm-jax=mm_jax.cli.main:main"]},
 )

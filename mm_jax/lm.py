@@ -98,6 +98,11 @@ class LanguageModel:
             self._processor = processor_of(self.checkpoint, self.config)
         return self._processor
 
+    @property
+    def takes_videos(self) -> bool:
+        """Whether messages may hold videos."""
+        return self.checkpoint is not None and "video" in self.checkpoint.rule.tokens
+
     def prompt(self, messages: Messages, **how: Any) -> Example:
         """The tokens that ask for the next assistant message.
 
@@ -331,7 +336,7 @@ class LanguageModel:
         anything that `Video` takes, or (source, frames a second).
         """
         self._check_media([Message("user", (*(Image(i) for i in images), *(Audio(b"") for _ in audio)))])
-        if len(videos) and (self.checkpoint is None or "video" not in self.checkpoint.rule.tokens):
+        if len(videos) and not self.takes_videos:
             raise UserError("this model takes no videos")
         return self.processor.preprocess(images, audio, **({"videos": videos} if len(videos) else {}))
 

@@ -41,6 +41,14 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--max-images", type=int, default=64, metavar="N", help="pictures of a request (64)")
     parser.add_argument(
+        "--max-frames", type=int, default=256, metavar="N",
+        help="frames that are looked at of the videos of a request; longer ones are thinned out (256)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-video-pixels", type=int, default=200_000_000, metavar="N",
+        help="pixels of these frames together (200000000)",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-seconds", type=float, default=600, metavar="S", help="seconds of sound of a request (600)"
     )
     parser.add_argument(
@@ -83,6 +91,8 @@ def main(argv: Sequence[str]) -> int:
         max_body=int(options.max_body * 2**20),
         max_pixels=options.max_pixels,
         max_images=options.max_images,
+        max_frames=options.max_frames,
+        max_video_pixels=options.max_video_pixels,
         max_seconds=options.max_seconds,
         remote=Remote(tuple(options.allow_host), int(options.fetch_bytes * 2**20), options.fetch_seconds),
         timeout=options.timeout,

@@ -6,6 +6,8 @@ import base64
 import binascii
 import io
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +17,22 @@ import soundfile
 import soxr
 
 from mm_jax.data.messages import BadSample
+from mm_jax.errors import UserError
 
 MAX_PIXELS = 50_000_000
 # a small file may expand to gigabytes of silence
 MAX_SECONDS = 1800.0
 MAX_SAMPLES = 200_000_000  # of all channels together
+MAX_VIDEO_PIXELS = 1_000_000_000  # of all frames of a video together, three bytes each
+MAX_DECODED = 100_000  # frames that are read of a video, most of them to be left out
 # nothing that runs a program to decode (EPS), and one format less is one attack less
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
 _EXIF_ORIENTATION = 0x0112
 
 
 class MediaError(BadSample):
-    """A picture or clip that cannot be used. `reason` is one of missing_file, unreadable_image, image_bomb,
-    unreadable_audio, bad_sample_rate, audio_bomb, unsupported_source."""
+    """A picture, clip or video that cannot be used. `reason` is one of missing_file, unreadable_image, image_bomb,
+    unreadable_audio, bad_sample_rate, audio_bomb, unreadable_video, video_bomb, unsupported_source."""
 
 
 def _read(source: bytes | str | os.PathLike, reason: str) -> tuple[bytes, str]:
@@ -89,13 +94,20 @@ def decode_image(source, max_pixels: int = MAX_PIXELS, plain: bool = False) -> P
         raise MediaError(f"{name}: damaged or truncated image ({text})", "unreadable_image") from None
 
 
-def decode_video(source, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, float | None]:
+def decode_video(
+    source,
+    max_pixels: int = MAX_PIXELS,
+    max_frames: int | None = None,
+    max_total: int = MAX_VIDEO_PIXELS,
+) -> tuple[np.ndarray, float | None]:
     """Anything video-like to frames uint8 [T, H, W, 3] and, where the source says, frames a second.
 
-    source: an animation as encoded bytes, a path or a data URL; frames [T, H, W, 3], or a list of what `decode_image`
-    takes, all of one size.
+    source: a film (MP4, MOV, WebM, MKV, AVI; needs PyAV) or an animation (GIF, WebP, APNG) as encoded bytes, path or
+    data URL; frames [T, H, W, 3], or a list of what `decode_image` takes, all of one size.
+    max_frames: of a longer film or animation every second, fourth, ... frame is kept, and frames a second are those of
+    what is kept; None: all are. max_total: pixels of all kept frames together.
 
-    Raises MediaError.
+    Raises MediaError; UserError where PyAV is needed and not installed.
     """
     if isinstance(source, list | tuple | np.ndarray):
         frames = [np.asarray(decode_image(frame, max_pixels)) for frame in source]
@@ -104,18 +116,102 @@ def decode_video(source, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, floa
                 "the frames of a video need one size, and there must be some", "unreadable_video"
             )
         return np.stack(frames), None
-    image, name = _open_image(source, max_pixels)
+    kept = _Kept(max_frames, max_total)
+    if not isinstance(source, PIL.Image.Image):
+        source, kept.name = _read(source, "unreadable_video")
+        if (container := container_of(source)) is not None:
+            _decode_film(source, container, max_pixels, kept)
+            return kept.frames_and_rate()
+    image, _ = _open_image(source, max_pixels)
     try:
-        frames, seconds = [], 0.0
-        for k in range(getattr(image, "n_frames", 1)):
+        seconds, count = 0.0, getattr(image, "n_frames", 1)
+        for k in range(count):
             image.seek(k)
             image.load()
-            frames.append(np.asarray(_rgb(image.copy())))
+            kept.add(lambda: np.asarray(_rgb(image.copy())))
             seconds += image.info.get("duration", 0) / 1000
+    except MediaError:
+        raise
     except Exception as error:  # decoders raise nearly anything on damaged data
         text = " ".join(str(error).split())
-        raise MediaError(f"{name}: damaged or truncated animation ({text})", "unreadable_video") from None
-    return np.stack(frames), len(frames) / seconds if seconds else None
+        raise MediaError(
+            f"{kept.name}: damaged or truncated animation ({text})", "unreadable_video"
+        ) from None
+    kept.rate = count / seconds if seconds else None
+    return kept.frames_and_rate()
+
+
+class _Kept:
+    """Frames of a video as they are decoded. Attributes: rate: frames a second of the whole, where it is known."""
+
+    def __init__(self, most: int | None, pixels: int):
+        self._most, self._pixels = most, pixels
+        self._frames: list[np.ndarray] = []
+        self._step, self._seen = 1, 0
+        self.name, self.rate = "the video", None
+
+    def add(self, make: Callable[[], np.ndarray]) -> None:
+        """The next frame, which is made where it is kept."""
+        self._seen += 1
+        if self._seen > MAX_DECODED:
+            raise MediaError(f"{self.name}: more than {MAX_DECODED} frames", "video_bomb")
+        if (self._seen - 1) % self._step:
+            return
+        frame = make()
+        if self._frames and frame.shape != self._frames[0].shape:
+            raise MediaError(f"{self.name}: its frames have different sizes", "unreadable_video")
+        self._frames.append(frame)
+        if self._most is not None and len(self._frames) > self._most:
+            self._frames, self._step = self._frames[::2], 2 * self._step
+        if sum(frame.shape[0] * frame.shape[1] for frame in self._frames) > self._pixels:
+            text = f"{self.name}: its frames have more than {self._pixels} pixels together"
+            raise MediaError(text, "video_bomb")
+
+    def frames_and_rate(self) -> tuple[np.ndarray, float | None]:
+        if not self._frames:
+            raise MediaError(f"{self.name}: there is no frame in it", "unreadable_video")
+        return np.stack(self._frames), self.rate / self._step if self.rate else None
+
+
+def _decode_film(data: bytes, container: str, max_pixels: int, kept: _Kept) -> None:
+    """Adds the frames of a film. Nothing but the data is read, whatever it says."""
+    try:
+        import av
+    except ImportError:
+        raise UserError(f"{kept.name}: films need PyAV: pip install 'mm_jax[video]'") from None
+    try:
+        closed = {"protocol_whitelist": "none"}  # a container may name other files
+        with av.open(io.BytesIO(data), format=container, options=closed, metadata_errors="replace") as file:
+            if not file.streams.video:
+                raise MediaError(f"{kept.name}: there is no video in it", "unreadable_video")
+            stream = file.streams.video[0]
+            context = stream.codec_context
+            _check_size((context.width, context.height), max_pixels, kept.name)
+            kept.rate = float(stream.average_rate) if stream.average_rate else None
+            for frame in file.decode(stream):
+                _check_size((frame.width, frame.height), max_pixels, kept.name)
+                kept.add(partial(_upright, frame))
+    except MediaError:
+        raise
+    except Exception as error:  # ffmpeg raises nearly anything on damaged data
+        text = " ".join(str(error).split())
+        raise MediaError(f"{kept.name}: damaged or truncated video ({text})", "unreadable_video") from None
+
+
+def _upright(frame) -> np.ndarray:
+    """A frame of a film uint8 [H, W, 3], turned as its file says."""
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+
+
+def container_of(data: bytes) -> str | None:
+    """The name that ffmpeg has for the container of a film, by its first bytes; None for anything else. Only these are
+    opened: among the other formats are lists of files to be read."""
+    if data[4:8] in (b"ftyp", b"moov", b"mdat"):
+        return "mp4"
+    if data[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    return "avi" if data[:4] == b"RIFF" and data[8:12] == b"AVI " else None
 
 
 def image_size(source, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -73,8 +73,8 @@ class Audio:
 
 @dataclass(frozen=True)
 class Video:
-    """source: an animation (GIF, WebP, APNG) as encoded bytes, a path or a data URL; or frames, uint8 [T, H, W, 3] or a
-    list of what `Image` takes. rate: frames a second, where the source does not say."""
+    """source: a film (MP4, WebM, ...) or animation (GIF, WebP, APNG) as encoded bytes, a path or a data URL; or frames,
+    uint8 [T, H, W, 3] or a list of what `Image` takes. rate: frames a second, where the source does not say."""
 
     source: bytes | str | np.ndarray | list
     rate: float | None = None

@@ -88,7 +88,7 @@ class Api:
 
         def read() -> tuple[ChatRequest, Example, Prompt, Callable[[], Guide] | None]:
             fetch_pictures(body.get("messages"), self._options.remote, self._options.max_images)
-            wanted = chat_request(body, self._options)
+            wanted = chat_request(body, self._options, self._lm.takes_videos)
             functions = [] if wanted.choice == "none" else wanted.functions
             example = self._example(wanted.messages, functions)
             if wanted.attention:
@@ -180,7 +180,8 @@ class Api:
         def read() -> tuple[EmbeddingRequest, list[Request]]:
             asked = [{"content": one} for one in inputs_of(body)]
             fetch_pictures(asked, self._options.remote, self._options.max_images)
-            wanted = embedding_request(body, self._options, self._lm.embedding_size)
+            known = self._lm.embedding_size, self._lm.takes_videos
+            wanted = embedding_request(body, self._options, *known)
             prompts = map(self._lm.embedding_prompt, wanted.inputs)
             requests = [Request(prompt, max_new_tokens=1, embed=True) for prompt in prompts]
             for request in requests:

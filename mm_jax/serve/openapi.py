@@ -63,6 +63,18 @@ _PART = _one_of(
         type=_kind("input_audio"),
         input_audio=_object(("data",), data=_TEXT | {"contentEncoding": "base64"}, format=_TEXT),
     ),
+    _object(
+        ("type", "video_url"),
+        type=_kind("video_url"),
+        video_url=_object(("url",), url=_TEXT | {"description": "a data URL"}),
+        fps={"type": "number", "exclusiveMinimum": 0, "description": "where the file does not say"},
+    ),
+    _object(
+        ("type", "video"),
+        type=_kind("video"),
+        video=_list(_TEXT | {"description": "a picture as data URL"}, minItems=1),
+        fps={"type": "number", "exclusiveMinimum": 0},
+    ),
 )
 _MESSAGE = _object(
     ("role",),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm_jax.agents.tools import Function, functions_from_json
-from mm_jax.data.media import MediaError, audio_seconds, image_size
+from mm_jax.data.media import MediaError, audio_seconds, decode_video, image_size
 from mm_jax.errors import UserError, nearest
 from mm_jax.inference.sampling import ALTERNATIVES, Sampling
 from mm_jax.serve.errors import ApiError
@@ -229,8 +229,8 @@ def _settings(take: _Body, top_logprobs: int | None, max_tokens: int | None) -> 
     )
 
 
-def chat_request(body: Mapping[str, Any], options: ServeOptions) -> ChatRequest:
-    """Raises ApiError naming the field that is wrong."""
+def chat_request(body: Mapping[str, Any], options: ServeOptions, videos: bool = False) -> ChatRequest:
+    """Raises ApiError naming the field that is wrong. videos: the model takes some."""
     take = _Body(body, CHAT)
     top = take.number("top_logprobs", 0)
     wanted = take("logprobs", bool, False)
@@ -240,7 +240,7 @@ def chat_request(body: Mapping[str, Any], options: ServeOptions) -> ChatRequest:
     messages = take("messages", list)
     if not messages:
         raise ApiError(400, "messages must be a list with at least one message", param="messages")
-    check_messages(messages, options)
+    check_messages(messages, options, videos=videos)
     try:
         functions = functions_from_json(body["tools"]) if body.get("tools") is not None else []
     except UserError as error:
@@ -329,8 +329,10 @@ def inputs_of(body: Mapping[str, Any]) -> list[Any]:
     return [found] if single else found if isinstance(found, list) else []
 
 
-def embedding_request(body: Mapping[str, Any], options: ServeOptions, size: int) -> EmbeddingRequest:
-    """Raises ApiError naming the field that is wrong. size: numbers in a vector."""
+def embedding_request(
+    body: Mapping[str, Any], options: ServeOptions, size: int, videos: bool = False
+) -> EmbeddingRequest:
+    """Raises ApiError naming the field that is wrong. size: numbers in a vector; videos: the model takes some."""
     take = _Body(body, EMBEDDING)
     inputs = inputs_of(body)
     if not inputs or not all(
@@ -347,15 +349,23 @@ def embedding_request(body: Mapping[str, Any], options: ServeOptions, size: int)
     if wanted != size:
         text = f"the vectors of this model have {size} numbers, and it was not trained to have them cut"
         raise ApiError(400, f"dimensions is {wanted}; {text}", param="dimensions")
-    check_messages(
-        [{"role": "user", "content": one} for one in inputs if _list_of(one, dict)], options, "input"
-    )
+    asked = [{"role": "user", "content": one} for one in inputs if _list_of(one, dict)]
+    check_messages(asked, options, "input", videos)
     return EmbeddingRequest(inputs, form == "base64")
 
 
-def check_messages(messages: list[Any], options: ServeOptions, name: str = "messages") -> None:
-    """Roles, parts and media: nothing may name a file, and no medium may be larger than allowed."""
-    pictures, seconds = 0, 0.0
+def check_messages(
+    messages: list[Any], options: ServeOptions, name: str = "messages", videos: bool = False
+) -> None:
+    """Roles, parts and media: nothing may name a file, and no medium may be larger than allowed.
+
+    Videos are decoded, and their frames take their place.
+
+    Args:
+      name: of the field, for errors.
+      videos: the model takes some.
+    """
+    pictures, seconds, films = 0, 0.0, _Films(options)
     for k, message in enumerate(messages):
         where = f"{name}.{k}"
 
@@ -393,8 +403,12 @@ def check_messages(messages: list[Any], options: ServeOptions, name: str = "mess
                 seconds += _check_audio(part, options, bad)
                 if seconds > options.max_seconds:
                     raise bad(f"more than {options.max_seconds:g} s of sound")
+            elif kind in ("video_url", "video"):
+                if not videos:
+                    raise bad("this model takes no videos")
+                films.decode(part, bad)
             else:
-                known = ("text", "image_url", "input_audio")
+                known = ("text", "image_url", "input_audio", "video_url", "video")
                 raise bad(f'unknown part type "{kind}"{nearest(str(kind), known)}')
 
 
@@ -426,6 +440,57 @@ def _check_picture(part: dict, options: ServeOptions, bad: Any) -> None:
         image_size(url, options.max_pixels)
     except MediaError as error:
         raise bad(str(error)) from None
+
+
+class _Films:
+    """The videos of one request, which share the limits."""
+
+    def __init__(self, options: ServeOptions):
+        self._options = options
+        self._frames, self._pixels = options.max_frames, options.max_video_pixels
+
+    def decode(self, part: dict, bad: Any) -> None:
+        """Puts the frames in the place of a video, and their rate."""
+        rate = part.get("fps")
+        if rate is not None and (type(rate) not in (int, float) or not 0 < rate < 10_000):
+            raise bad('"fps" is frames a second, a number above 0')
+        source = self._frames_of(part, bad) if part["type"] == "video" else self._file_of(part, bad)
+        if self._frames < 1:
+            raise bad(f"more than {self._options.max_frames} frames of video")
+        try:
+            frames, found = decode_video(source, self._options.max_pixels, self._frames, self._pixels)
+        except UserError as error:
+            raise bad(str(error)) from None
+        self._frames -= len(frames)
+        self._pixels -= frames.shape[0] * frames.shape[1] * frames.shape[2]
+        part.clear()
+        part.update(type="video", video=list(frames), fps=found or rate)
+
+    def _file_of(self, part: dict, bad: Any) -> str:
+        url = part.get("video_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if not isinstance(url, str):
+            raise bad("a video_url part needs video_url.url")
+        if not url.startswith("data:"):
+            raise bad("videos come as data URLs (data:video/mp4;base64,...); this server fetches none")
+        return url
+
+    def _frames_of(self, part: dict, bad: Any) -> list[str]:
+        frames = part.get("video")
+        if not isinstance(frames, list) or not frames:
+            raise bad("a video part needs video: a list of pictures, or use video_url for a file")
+        if len(frames) > self._frames:
+            raise bad(f"more than {self._options.max_frames} frames of video")
+        urls, pixels = [], 0
+        for frame in frames:
+            frame = frame.get("url") if isinstance(frame, dict) else frame
+            _check_picture({"image_url": frame}, self._options, bad)
+            urls.append(frame)
+            width, height = image_size(frame, self._options.max_pixels)
+            pixels += width * height
+        if pixels > self._pixels:
+            raise bad(f"the frames of videos have more than {self._options.max_video_pixels} pixels together")
+        return urls
 
 
 def _check_audio(part: dict, options: ServeOptions, bad: Any) -> float:

@@ -43,6 +43,9 @@ MALFORMED = {
     "no picture": picture("data:image/png;base64,aGVsbG8="),
     "cut picture": picture(data_url()[:-40]),
     "huge picture": picture(BIG),
+    "video to a model that takes none": user(
+        {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+    ),
     "wrong sound": user({"type": "input_audio", "input_audio": {"data": "aGVsbG8="}}, text_part("x")),
     "sound without data": user({"type": "input_audio", "input_audio": 5}),
     "negative temperature": {"temperature": -1},
