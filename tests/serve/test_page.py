@@ -164,6 +164,20 @@ def test_sound(page, files):
     assert answer.locator(".word").count() == 0  # there is no picture to look at
 
 
+def test_a_video(page, tmp_path):
+    """It goes to the server as it is; this model takes none, and the page says so."""
+    pytest.importorskip("av")
+    from tests.serve.test_videos import film
+
+    (tmp_path / "a.mp4").write_bytes(film())
+    with page.expect_request("**/v1/chat/completions") as sent:
+        answer = screenshots.ask(page, "what happens", tmp_path / "a.mp4")
+    part = sent.value.post_data_json["messages"][0]["content"][0]
+    assert part["type"] == "video_url" and part["video_url"]["url"].startswith("data:video/mp4;base64,")
+    assert page.locator(".message.user video").count() == 1
+    assert "takes no videos" in answer.locator(".error").text_content()
+
+
 def test_settings_reach_the_server(page, files):
     page.click("#adjust")
     page.fill("#max_tokens", "2")
