@@ -128,7 +128,12 @@ class EmbeddingRequest:
 def read_json(body: bytes) -> dict[str, Any]:
     """Raises ApiError: not JSON, not an object, or nested too deep."""
     try:
-        found = json.loads(body, parse_constant=_no_constant)
+        text = body.decode("utf-8-sig")
+        found = json.loads(text, parse_constant=_no_constant)
+        if (
+            "\\ud" in text.lower()
+        ):  # halves of characters, which no answer could repeat, become question marks
+            found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not valid JSON") from None
     if not isinstance(found, dict):

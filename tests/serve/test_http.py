@@ -113,6 +113,18 @@ def test_bodies_that_are_no_request(server, body):
         assert status == 400 and json.loads(text)["error"]["type"] == "invalid_request_error"
 
 
+def test_halves_of_characters(server):
+    """JSON may hold them; whoever repeats them must be able to write them."""
+    messages = [{"role": "user", "content": [{"type": "\ud800"}]}]
+    status, text = server.send("/v1/chat/completions", json.dumps({"messages": messages}).encode())
+    assert status == 400 and 'unknown part type "?"' in json.loads(text)["error"]["message"]
+    status, text = server.send(
+        "/v1/completions", b'{"prompt": "a \\uDC00\\ud83d\\ude00", "echo": true, "max_tokens": 1}'
+    )
+    assert status == 200 and json.loads(text)["choices"][0]["text"].startswith("a ?\N{GRINNING FACE}")
+    assert server.send("/v1/completions", b'{"prompt": "\xed\xa0\x80"}')[0] == 400
+
+
 @pytest.mark.parametrize("prompt", [None, "", [], [[]], ["x", 5], {"a": 1}, [10**9], [-1], [True]])
 def test_malformed_completions(server, prompt):
     status, text = server.send("/v1/completions", json.dumps({"prompt": prompt}).encode())
