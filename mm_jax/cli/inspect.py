@@ -125,8 +125,14 @@ def _memory(
     lines = [("memory", f"{_size(total * bytes_)} for the parameters, without activations")]
     if length is not None:
         d = config.decoder
-        token = 2 * (d.num_layers - len(d.cross_layers)) * d.num_kv_heads * d.head_dim * bytes_
+        token = 2 * d.kinds.count("attention") * d.num_kv_heads * d.head_dim * bytes_
         lines.append(("", f"{_size(token * length)} for the cache of one answer of {length} tokens"))
+        if d.delta_layers:
+            c = d.delta
+            state = (
+                4 * c.num_value_heads * c.key_dim * c.value_dim + bytes_ * (c.kernel_size - 1) * c.channels
+            )
+            lines.append(("", f"{_size(len(d.delta_layers) * state)} besides, however long it is"))
         if config.crossed:
             picture = 2 * len(d.cross_layers) * config.image_tokens * d.num_kv_heads * d.head_dim * bytes_
             lines.append(("", f"{_size(picture)} in it for each picture"))

@@ -5,6 +5,7 @@ from mm_jax.models.audio import AudioEncoder, AudioEncoderConfig
 from mm_jax.models.conformer import Conformer, ConformerConfig, MelSubsampling, WaveformConvolutions
 from mm_jax.models.cross import Context, CrossBlock
 from mm_jax.models.decoder import Decoder, DecoderConfig, init_cache
+from mm_jax.models.delta import DeltaConfig, GatedDelta, Texts, gated_delta
 from mm_jax.models.encoders import (
     ENCODERS,
     AudioConfig,
@@ -35,11 +36,12 @@ from mm_jax.models.vision import VisionTransformer, ViTConfig
 
 __all__ = [
     "ENCODERS", "MLP", "Attention", "AudioConfig", "AudioEncoder", "AudioEncoderConfig", "BranchProjector",
-    "Conformer", "ConformerConfig", "Context", "CrossBlock", "Decoder", "DecoderConfig", "DenseHeads", "EncoderBlock",
-    "EncoderConfig", "Execution", "ExpertConfig", "Experts", "HeadConfig", "HybridConfig", "HybridEncoder",
-    "LatentReader", "MLPProjector", "Mask", "MelSubsampling", "MultimodalConfig", "MultimodalLM", "NativeViT",
-    "NativeViTConfig", "ProjectorConfig", "QFormer", "Resampler", "RopeScaling", "SamConfig", "SamEncoder", "TiledViT",
-    "TiledViTConfig", "ViTConfig", "VisionConfig", "VisionTransformer", "WaveformConvolutions", "attention",
-    "attention_mask", "attention_weights", "axial_rotation", "channel_axes", "dummy_batch", "dummy_inputs", "encoder",
-    "init_cache", "rotate", "rotation", "row_mask", "slot_arrays", "splice", "window_mask",
+    "Conformer", "ConformerConfig", "Context", "CrossBlock", "Decoder", "DecoderConfig", "DeltaConfig", "DenseHeads",
+    "EncoderBlock", "EncoderConfig", "Execution", "ExpertConfig", "Experts", "GatedDelta", "HeadConfig",
+    "HybridConfig", "HybridEncoder", "LatentReader", "MLPProjector", "Mask", "MelSubsampling", "MultimodalConfig",
+    "MultimodalLM", "NativeViT", "NativeViTConfig", "ProjectorConfig", "QFormer", "Resampler", "RopeScaling",
+    "SamConfig", "SamEncoder", "Texts", "TiledViT", "TiledViTConfig", "ViTConfig", "VisionConfig", "VisionTransformer",
+    "WaveformConvolutions", "attention", "attention_mask", "attention_weights", "axial_rotation", "channel_axes",
+    "dummy_batch", "dummy_inputs", "encoder", "gated_delta", "init_cache", "rotate", "rotation", "row_mask",
+    "slot_arrays", "splice", "window_mask",
 ]  # fmt: skip

@@ -11,11 +11,14 @@ from einops import rearrange
 
 from mm_jax.models.attention import Mask, as_mask, narrowed
 from mm_jax.models.cross import Context, CrossBlock, KeysValues
+from mm_jax.models.delta import DeltaConfig, GatedDelta, Memory, Texts
 from mm_jax.models.execution import Execution
 from mm_jax.models.experts import ExpertConfig, Experts
 from mm_jax.models.layers import MLP, NORMS, Activation, Attention, AttentionStart, Norm, sinusoids, stack
 from mm_jax.models.quantised import Dense
 from mm_jax.models.rotary import RopeScaling, Rotation, channel_axes, log_growth, rotation, text_lengths
+
+Kind = Literal["attention", "cross", "delta"]  # of a layer
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class DecoderConfig:
       rope_scaling: how rotary frequencies are stretched for long texts.
       rope_sections: how many rotary frequencies the time, the row and the column of a position turn (M-RoPE); empty
         for positions along one axis. rope_interleaved: they take turns, see `channel_axes`.
+      rotary_dim: channels of a head that are turned, the first ones; 0: all.
       local_theta: base of the rotary embedding, unscaled, in layers with a window (Gemma-3); 0: as in the others.
       log_length: length of the texts that the model was trained on, beyond which queries grow, see
         `mm_jax.models.rotary.log_growth`; 0: they do not.
@@ -50,8 +54,10 @@ class DecoderConfig:
         `mm_jax.models.layers.MediaAdapter`; rank 0 for none.
       qkv_bias: biases on query, key and value (Qwen2); out_bias, mlp_bias: on the other projections.
       experts: a mixture of experts in place of the MLP of every layer.
+      attention_gate: what attention gives is multiplied with a sigmoid of a map of its input (Qwen3-Next).
       cross_layers: numbers of the layers that read the pictures' features in place of earlier tokens, see
         `mm_jax.models.cross.CrossBlock`. A scan goes over the periods of the pattern that they make.
+      delta_layers: numbers of the layers with linear attention in place of attention, and delta: its sizes.
       extra_tokens: that can be read, but not written: rows of the embedding behind those of the vocabulary.
     """
 
@@ -74,6 +80,7 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     rope_sections: tuple[int, ...] = ()
     rope_interleaved: bool = False
+    rotary_dim: int = 0
     local_theta: float = 0.0
     log_length: int = 0
     windows: tuple[int, ...] = ()
@@ -93,19 +100,30 @@ class DecoderConfig:
     experts: ExpertConfig | None = None
     adapter_rank: int = 0
     adapter_scale: float = 1.0
+    attention_gate: bool = False
     cross_layers: tuple[int, ...] = ()
+    delta_layers: tuple[int, ...] = ()
+    delta: DeltaConfig | None = None
     extra_tokens: int = 0
 
     @property
-    def pattern(self) -> tuple[bool, ...]:
-        """Of the layers of one period, whether they read features; each period is like the others."""
-        kinds = tuple(k in self.cross_layers for k in range(self.num_layers))
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of the layers."""
+        special = dict.fromkeys(self.cross_layers, "cross") | dict.fromkeys(self.delta_layers, "delta")
+        return tuple(special.get(k, "attention") for k in range(self.num_layers))
+
+    @property
+    def pattern(self) -> tuple[Kind, ...]:
+        """The kinds of the layers of one period; each period is like the others."""
+        kinds = self.kinds
         lengths = (n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0)
         return next(kinds[:n] for n in lengths if kinds[:n] * (self.num_layers // n) == kinds)
 
 
 Cache = dict[str, jax.Array]
 CONTEXT = ("context_key", "context_value")  # of a cache
+# of a cache, for each kind of layer that remembers the text
+KEPT: dict[Kind, tuple[str, str]] = {"attention": ("key", "value"), "delta": ("tail", "state")}
 # Features [K, B, P, D], or [K, P, D] for all rows, for the first K layers, and int32 [B, T], which of them a position
 # takes, -1 for none: DeepStack (Meng et al. 2024).
 Deep = tuple[jax.Array, jax.Array]
@@ -127,15 +145,23 @@ def init_cache(
     Returns:
       key and value [layers, rows, length, kv_heads, head_dim], segment_ids [rows, length]. With cross_layers also what
       those have made of the features, context_key and context_value [cross layers, rows, features, kv_heads, head_dim],
-      and seen [rows, shares], what the newest token saw.
+      and seen [rows, shares], what the newest token saw. With delta_layers also their memory, tail and state [delta
+      layers, ...], see `mm_jax.models.delta.Memory`: it is of the whole text that has been read, whose earlier stages
+      cannot be had back.
     """
-    cross, heads = len(config.cross_layers), (config.num_kv_heads, config.head_dim)
-    shape = (config.num_layers - cross, rows, length, *heads)
+    cross, delta = len(config.cross_layers), len(config.delta_layers)
+    heads = config.num_kv_heads, config.head_dim
+    shape = (config.num_layers - cross - delta, rows, length, *heads)
     cache = {
         "key": jnp.zeros(shape, dtype),
         "value": jnp.zeros(shape, dtype),
         "segment_ids": jnp.zeros((rows, length), jnp.int32),
     }
+    if delta:
+        memory = jax.tree.map(
+            lambda x: jnp.zeros((delta, *x.shape), x.dtype), config.delta.memory(rows, dtype)
+        )
+        cache |= dict(zip(KEPT["delta"], memory, strict=True))
     if not cross:
         return cache
     context = {name: jnp.zeros((cross, rows, features, *heads), dtype) for name in CONTEXT}
@@ -143,17 +169,22 @@ def init_cache(
 
 
 class DecoderBlock(nn.Module):
-    """Attention and MLP, each added to its input, with norms around (Touvron et al. 2023; see `DecoderConfig`)."""
+    """Attention and MLP, each added to its input, with norms around (Touvron et al. 2023; see `DecoderConfig`).
+
+    Attributes:
+      kind: "delta" for linear attention in place of attention.
+    """
 
     config: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     execution: Execution = Execution()
+    kind: Kind = "attention"
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None,
+        cache: KeysValues | Memory | None,
         window: jax.Array | None,
         number: jax.Array | None,
         mask: Mask,
@@ -164,7 +195,8 @@ class DecoderBlock(nn.Module):
         deep: Deep | None,
         media: jax.Array | None,
         growth: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        texts: Texts | None,
+    ) -> tuple[jax.Array, KeysValues | Memory | None]:
         """[B, T, D] and this layer's cache, window and number -> [B, T, D] and the cache, advanced.
 
         `local` is the rotation where there is a window; `always` is seen whatever the window.
@@ -174,12 +206,6 @@ class DecoderBlock(nn.Module):
         mask = narrowed(mask, window, c.windows, always)
         if local is not None and window is not None:
             turned = jax.tree.map(lambda near, far: jnp.where(window > 0, near, far), local, turned)
-        attend = Attention(
-            c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_eps, self.dtype,
-            qk_norm_kind=c.norm, inner_norm=c.inner_norm, scale=c.query_scale, cap=c.attention_cap,
-            start=c.attention_start, adapter_rank=c.adapter_rank, adapter_scale=c.adapter_scale,
-            execution=self.execution, name="attention",
-        )  # fmt: skip
         if c.experts is None:
             mlp = MLP(
                 c.mlp_dim, c.activation, c.gated, c.mlp_bias, self.dtype, c.inner_norm, c.norm_eps, c.adapter_rank,
@@ -193,7 +219,20 @@ class DecoderBlock(nn.Module):
 
         after, behind = c.norm_place == "post", c.norm_place == "both"
         y = norm("attention_norm", x, not after)
-        y, cache = attend(y, mask=mask, turned=turned, cache=cache, starts=starts, media=media, growth=growth)
+        if self.kind == "delta":
+            y, cache = GatedDelta(c.delta, c.norm_eps, self.dtype, self.execution, name="delta")(
+                y, texts, cache
+            )
+        else:
+            attend = Attention(
+                c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.out_bias, c.qk_norm, c.norm_eps, self.dtype,
+                qk_norm_kind=c.norm, inner_norm=c.inner_norm, scale=c.query_scale, cap=c.attention_cap,
+                start=c.attention_start, adapter_rank=c.adapter_rank, adapter_scale=c.adapter_scale,
+                gate=c.attention_gate, execution=self.execution, name="attention",
+            )  # fmt: skip
+            y, cache = attend(
+                y, mask=mask, turned=turned, cache=cache, starts=starts, media=media, growth=growth
+            )
         x = norm("attention_norm", x + norm("attention_out_norm", y, behind), after)
         y = norm("mlp_norm", x, not after)
         y = mlp(y, media) if c.adapter_rank else mlp(y)
@@ -213,14 +252,14 @@ class DecoderPeriod(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        cache: KeysValues | None,
+        cache: dict[Kind, KeysValues | Memory] | None,
         kept: KeysValues | None,
         window: jax.Array | None,
         number: jax.Array | None,
         context: Context | None,
         *others: object,
-    ) -> tuple[jax.Array, tuple[KeysValues | None, KeysValues | None]]:
-        """[B, T, D] -> [B, T, D], the advanced cache, and the keys and values of the context.
+    ) -> tuple[jax.Array, tuple[dict[Kind, KeysValues | Memory] | None, KeysValues | None]]:
+        """[B, T, D] -> [B, T, D], the advanced cache by kind of layer, and the keys and values of the context.
 
         Arguments are those of `DecoderBlock`, with a leading axis of this period's layers where it has one for each;
         `kept` are keys and values of the context that were made before. Without a context the layers for it do nothing.
@@ -230,13 +269,14 @@ class DecoderPeriod(nn.Module):
         def of(tree: object, k: int) -> object:
             return jax.tree.map(lambda a: a[k], tree)
 
-        advanced, made = [], []
-        for k, cross in enumerate(c.pattern):
-            if not cross:
-                block = DecoderBlock(c, self.dtype, self.execution, name=f"block{k}")
-                own = of(cache, len(advanced))
+        advanced: dict[Kind, list] = {kind: [] for kind in KEPT if kind in c.pattern}
+        made = []
+        for k, kind in enumerate(c.pattern):
+            if kind != "cross":
+                block = DecoderBlock(c, self.dtype, self.execution, kind, name=f"block{k}")
+                own = None if cache is None else of(cache[kind], len(advanced[kind]))
                 x, own = block(x, own, of(window, k), of(number, k), *others)
-                advanced.append(own)
+                advanced[kind].append(own)
             elif context is not None:
                 block = CrossBlock(
                     c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim, c.activation, c.norm, c.norm_eps, self.dtype,
@@ -245,11 +285,12 @@ class DecoderPeriod(nn.Module):
                 x, new = block(x, context, of(kept, len(made)))
                 made.append(new)
 
-        def together(each: list[KeysValues | None]) -> KeysValues | None:
+        def together(each: list[KeysValues | Memory]) -> KeysValues | Memory | None:
             return jax.tree.map(lambda *a: jnp.stack(a), *each) if each else None
 
-        # they are kept with the cache alone
-        return x, (together(advanced), None if cache is None else together(made))
+        if cache is None:  # nothing is kept
+            return x, (None, None)
+        return x, ({kind: together(each) for kind, each in advanced.items()}, together(made))
 
 
 def take_features(features: jax.Array, index: jax.Array) -> jax.Array:
@@ -290,11 +331,11 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             init = nn.initializers.normal(0.02)
             self.positions = nn.Embed(c.num_positions, c.embed_dim, dtype=self.dtype, embedding_init=init)
-        if c.cross_layers:
-            repeats, axes = c.num_layers // len(c.pattern), (0, 0, 0, 0, *[nn.broadcast] * 9)
+        if c.pattern != ("attention",):
+            repeats, axes = c.num_layers // len(c.pattern), (0, 0, 0, 0, *[nn.broadcast] * 10)
             layers = stack(DecoderPeriod, repeats, *axes, execution=self.execution)
         else:
-            layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 8, execution=self.execution)
+            layers = stack(DecoderBlock, c.num_layers, 0, 0, 0, *[nn.broadcast] * 9, execution=self.execution)
         self.layers = layers(c, self.dtype, self.execution)
         if c.final_norm:
             self.norm = NORMS[c.norm](c.norm_eps, self.dtype, None)
@@ -334,9 +375,10 @@ class Decoder(nn.Module):
 
         Returns:
           [B, T, D] and the advanced cache.
+
+        Raises ValueError: delta_layers, and a mask without segments.
         """
         c = self.config
-        layers = None if cache is None else (cache["key"], cache["value"])
         windows = jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None
         slots = jnp.arange(x.shape[1])[None] + (0 if starts is None else starts[:, None])
         mask = as_mask(mask, slots)
@@ -346,17 +388,30 @@ class Decoder(nn.Module):
             lengths = None
             if c.rope_scaling is not None and c.rope_scaling.kind == "doubling":
                 lengths = text_lengths(positions, mask.query_segment_ids)
-            turned = rotation(positions, c.head_dim, c.rope_theta, c.rope_scaling, axes, lengths)
+            channels = c.rotary_dim or c.head_dim
+            turned = rotation(positions, channels, c.rope_theta, c.rope_scaling, axes, lengths)
             if c.local_theta:
-                local = rotation(positions, c.head_dim, c.local_theta)
+                local = rotation(positions, channels, c.local_theta)
         else:
             x = x + self._places(positions + c.position_offset)
         growth = log_growth(positions, c.log_length) if c.log_length else None
         number = None if deep is None else jnp.arange(c.num_layers)
         x = self.execution.constrain(x, "batch", "length", None)
-        others = (mask, always, turned, local, starts, deep, media, growth)
-        if c.cross_layers:
-            if self.is_initializing() and context is None:
+        texts = None
+        if c.delta_layers:
+            if mask.query_segment_ids is None:
+                raise ValueError(
+                    "layers of the delta rule must know the segments: a Mask with them is needed"
+                )
+            texts = Texts.of(mask.query_segment_ids, starts)
+        others = (mask, always, turned, local, starts, deep, media, growth, texts)
+        layers = None
+        if c.pattern != ("attention",):
+            if cache is not None:
+                layers = {
+                    kind: tuple(cache[name] for name in KEPT[kind]) for kind in KEPT if kind in c.pattern
+                }
+            if c.cross_layers and self.is_initializing() and context is None:
                 seen = jnp.ones((*x.shape[:2], 1), jnp.int32)
                 context = Context.of(seen, 1, jnp.zeros((x.shape[0], 1, c.embed_dim), x.dtype))
             kept = None
@@ -369,9 +424,13 @@ class Decoder(nn.Module):
             if made is not None:
                 cache = cache | dict(zip(CONTEXT, made, strict=True))
         else:
+            if cache is not None:
+                layers = tuple(cache[name] for name in KEPT["attention"])
             x, layers = self.layers(x, layers, windows, number, *others)
+            layers = {"attention": layers}
         if cache is not None:
-            cache = cache | {"key": layers[0], "value": layers[1]}
+            for kind, arrays in layers.items():
+                cache = cache | dict(zip(KEPT[kind], arrays, strict=True))
         return self.norm(x) if c.final_norm else x, cache
 
     def _places(self, rows: jax.Array) -> jax.Array:

@@ -100,8 +100,13 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
     else:
         layer += (2 + d.gated) * d.embed_dim * d.mlp_dim
     ends = d.vocab_size * (d.token_dim or d.embed_dim) + 2 * d.token_dim * d.embed_dim
-    own = d.num_layers - len(d.cross_layers)
-    per_token = 2 * (own * layer + ends)
+    own = d.kinds.count("attention")
+    per_token = 2 * (own * (layer + d.attention_gate * d.embed_dim * heads) + ends)
+    if d.delta_layers:  # the rule for one token after the other, as in `mm_jax.models.delta.gated_delta`
+        c, mlp = d.delta, layer - d.embed_dim * (2 * heads + 2 * d.num_kv_heads * d.head_dim)
+        values, memory = c.widths["value"], c.num_value_heads * c.key_dim * c.value_dim
+        maps = d.embed_dim * (c.channels + 2 * values + 2 * c.num_value_heads) + c.kernel_size * c.channels
+        per_token += len(d.delta_layers) * 2 * (mlp + maps + 3 * memory)
     flops["decoder"] = work.tokens * per_token + own * 4 * heads * work.token_pairs
     if work.images and d.cross_layers:  # a token reads one picture; texts without any pass the layers by
         maps, features = 4 * d.embed_dim * d.num_kv_heads * d.head_dim, config.image_tokens

@@ -155,6 +155,7 @@ class Attention(nn.Module):
         else closes, as both could not learn; "mimetic" looks at what is
         alike and passes it on, see `mimetic_kernels`; for self-attention.
       adapter_rank, adapter_scale: of the `MediaAdapter`s of all four maps; rank 0 for none.
+      gate: the result is multiplied with a sigmoid of one more map of `x` (Qwen3-Next).
       dtype: compute dtype; parameters stay float32.
       axes: logical names of the activations' axes.
     """
@@ -176,6 +177,7 @@ class Attention(nn.Module):
     adapter_rank: int = 0
     adapter_scale: float = 1.0
     key_bias: bool | None = None
+    gate: bool = False
     execution: Execution = Execution()
     axes: Axes = DECODER
 
@@ -275,6 +277,8 @@ class Attention(nn.Module):
         else:
             out = core(query, key, value)
         out = rearrange(out, "b t n h -> b t (n h)")
+        if self.gate:
+            out = out * nn.sigmoid(dense("gate", own, self.use_bias)(x))
         if self.inner_norm:
             out = layer_norm(self.norm_eps, self.dtype, "inner_norm")(out)
         out_bias = self.use_bias if self.out_bias is None else self.out_bias

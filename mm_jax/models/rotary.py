@@ -119,9 +119,12 @@ def rotate(x: jax.Array, turned: Rotation) -> jax.Array:
 
     Args:
       x: [B, T, N, H]; channel i of the first half of a head pairs with channel i of the second half.
-      turned: from `rotation`.
+      turned: from `rotation`; of fewer channels, the first ones are turned.
     """
     sin, cos = turned
+    channels = 2 * sin.shape[-1]
+    if channels < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :channels], turned), x[..., channels:]], axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 

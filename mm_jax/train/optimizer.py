@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mm_jax.train.config import OptimizerConfig
 
 ENDS = ("patch_embed", "conv1", "conv2", "heads", "head")
-NO_DECAY = ("norm", "bias", "scale", "embedding", "position", "queries")
+NO_DECAY = ("norm", "bias", "scale", "embedding", "position", "queries", "log_rate")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -125,11 +125,11 @@ def test_cached_equals_whole(model, cuts):
 @pytest.mark.parametrize(
     "layers, cross, pattern",
     [
-        (4, (1, 3), (False, True)),
-        (4, (0, 3), (True, False, False, True)),
-        (40, tuple(range(3, 40, 5)), (False, False, False, True, False)),
-        (3, (), (False,)),
-        (2, (0, 1), (True,)),
+        (4, (1, 3), ("attention", "cross")),
+        (4, (0, 3), ("cross", "attention", "attention", "cross")),
+        (40, tuple(range(3, 40, 5)), (*["attention"] * 3, "cross", "attention")),
+        (3, (), ("attention",)),
+        (2, (0, 1), ("cross",)),
     ],
 )
 def test_periods(layers, cross, pattern):

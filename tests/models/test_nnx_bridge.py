@@ -22,10 +22,12 @@ from mm_jax.models import (
     CrossBlock,
     Decoder,
     DecoderConfig,
+    DeltaConfig,
     DenseHeads,
     EncoderBlock,
     ExpertConfig,
     Experts,
+    GatedDelta,
     HeadConfig,
     HybridConfig,
     HybridEncoder,
@@ -41,6 +43,7 @@ from mm_jax.models import (
     Resampler,
     SamConfig,
     SamEncoder,
+    Texts,
     TiledViT,
     TiledViTConfig,
     VisionTransformer,
@@ -95,6 +98,11 @@ CASES = {
     "CrossBlock": (
         CrossBlock(2, 1, 4, 8),
         (X, Context(X[:, :2], np.ones((1, 1, 4, 2), bool), np.ones((1, 4, 1), bool))),
+        None,
+    ),
+    "GatedDelta": (
+        GatedDelta(DeltaConfig(1, 2, 4, 4)),
+        (X, Texts(IDS // 2, np.ones_like(IDS, bool), np.zeros(1, bool))),
         None,
     ),
     "TiledViT": (
