@@ -79,7 +79,7 @@ class Engine:
         self._pieces = tuple(pieces) or (*(4**k for k in range(slots.bit_length()) if 4**k < slots), slots)
         self._lengths = tuple(length for length in lengths if length <= length_bucket(min(chunk, max_length)))
         self._chunk = min(chunk, self._lengths[-1])
-        self._cache_length = length_bucket(cache_length)
+        self._cache_length = length_bucket(self._room(cache_length) if cache_length else 0)
         self._images = (
             0  # pictures that a row of the cache has room for, where they have a place of their own
         )
@@ -212,6 +212,7 @@ class Engine:
             needed = max(first, request.prompt.length + request.max_new_tokens, LEAST)
             # by doubling, as every length is another set of programs
             longest = min(1 << (needed - 1).bit_length(), length_bucket(self.max_length))
+            longest = length_bucket(self._room(longest))
             self._grow(longest, len(request.prompt.media))
             slot = self._choose(answer)
             self._clock += 1
@@ -225,7 +226,7 @@ class Engine:
         """Whether a prompt that is being read begins in the same way, further than it has been read."""
         keys = answer.request.prompt.keys
         for slot in self._slots:
-            if slot.reading:
+            if slot.reading and self._programs.rewinds:
                 common = _common(keys[:-1], slot.answer.request.prompt.keys)
                 if common > max(len(slot.keys), 2 * WORTH_COPYING):
                     return True
@@ -236,8 +237,8 @@ class Engine:
         # the last token is read in any case, to choose what comes after it
         keys = answer.request.prompt.keys[:-1]
         oldest = min((slot for slot in self._slots if slot.answer is None), key=lambda slot: slot.used)
-        best = max(self._slots, key=lambda slot: (_common(keys, slot.keys), slot.answer is None))
-        common = _common(keys, best.keys)
+        best = max(self._slots, key=lambda slot: (self._known(keys, slot), slot.answer is None))
+        common = self._known(keys, best)
         # in use, or a longer conversation that may go on
         kept = best is not oldest and (best.answer is not None or 2 * common < len(best.keys))
         if kept and common >= WORTH_COPYING:
@@ -245,9 +246,20 @@ class Engine:
             self._run(self._programs.copy, source, target, np.int32(common))
             best = oldest
         elif kept:
-            best, common = oldest, _common(keys, oldest.keys)
+            best, common = oldest, self._known(keys, oldest)
         best.keys = keys[:common]
         return best
+
+    def _known(self, keys: np.ndarray, slot: _Slot) -> int:
+        """How many of the first keys the cache of a row has read; 0 where it has read others behind them which it
+        cannot forget."""
+        common = _common(keys, slot.keys)
+        return common if self._programs.rewinds or common == len(slot.keys) else 0
+
+    def _room(self, tokens: int) -> int:
+        """Slots for so many tokens, and for the padding behind the last piece of a prompt, where that cannot be moved
+        to the front of tokens which are read again."""
+        return tokens if self._programs.rewinds else tokens + self._lengths[-1]
 
     def _equip(self, slot: _Slot) -> None:
         """The tables of the few requests that need them."""

@@ -22,7 +22,8 @@ _CONTEXT = {
     "context_value": 2,
     "seen": 1,
 }  # of the features that layers of their own read, or shares
-_ROWS = {name: axis - 1 for name, axis in (_AXES | _CONTEXT).items()}
+_MEMORY = {"tail": 1, "state": 1}  # of rows, where layers remember the text as a whole
+_ROWS = {name: axis - 1 for name, axis in (_AXES | _CONTEXT).items()} | _MEMORY
 
 
 @jax.tree_util.register_dataclass
@@ -176,6 +177,11 @@ class Programs:
         return 3 if self.model.config.decoder.rope_sections else 0
 
     @property
+    def rewinds(self) -> bool:
+        """Whether a row of the cache can go on from any token that it has read, and not from the newest alone."""
+        return not self.model.config.decoder.delta_layers
+
+    @property
     def vocab_size(self) -> int:
         return self.model.config.decoder.vocab_size
 
@@ -207,7 +213,7 @@ def _grow(self: Programs, state: State, *, length: int, images: int = 0) -> Stat
     sizes = dict.fromkeys(_AXES, length) | dict.fromkeys(_CONTEXT, features) | {"seen": images * self.shares}
 
     def longer(name: str, array: jax.Array) -> jax.Array:
-        axis = (_AXES | _CONTEXT)[name]
+        axis = (_AXES | _CONTEXT).get(name)
         return jnp.pad(array, [(0, sizes[name] - n if k == axis else 0) for k, n in enumerate(array.shape)])
 
     return replace(state, cache={name: longer(name, array) for name, array in state.cache.items()})
