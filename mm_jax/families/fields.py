@@ -119,6 +119,16 @@ class Fields:
                 self.values = {**self.values, name: rope}
         return sections, interleaved
 
+    def rotary_channels(self, head_dim: int, default: float) -> int:
+        """How many channels of a head are turned, of a share with this default; to be called before `rope`."""
+        share = self("partial_rotary_factor") if "partial_rotary_factor" in self.values else default
+        for name in ("rope_parameters", "rope_scaling"):
+            if rope := self.values.get(name):
+                rope = dict(rope)
+                share = rope.pop("partial_rotary_factor", share)
+                self.values = {**self.values, name: rope}
+        return int(head_dim * share)
+
     def unsupported(self, name: str, why: str = "") -> UserError:
         """The error for a value that we cannot compute with."""
         return UserError(

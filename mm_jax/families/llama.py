@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from mm_jax.families.family import LINEAR, Family, System, Text, Weight
 from mm_jax.families.fields import Fields, token_ids
 from mm_jax.models import DecoderConfig, MultimodalConfig, RopeScaling
+from mm_jax.models.decoder import Kind
 
 DEFAULTS = {
     "vocab_size": 32_000,
@@ -115,6 +117,29 @@ def weights(config: DecoderConfig, model: str, head: str) -> tuple[Weight, ...]:
     if not config.tie_embeddings:
         table.append(Weight(f"{head}weight", "decoder/head/kernel", LINEAR))
     return tuple(table)
+
+
+def of_kinds(
+    config: DecoderConfig,
+    table: Sequence[Weight],
+    special: Mapping[Kind, Callable[[list[Weight], str], list[Weight]]],
+) -> tuple[Weight, ...]:
+    """The tensors of a decoder whose layers are of several kinds, by the periods that a scan goes over.
+
+    Args:
+      table: as if every layer had attention.
+      special: of other kinds, (that of one layer of the table, how its paths begin) -> the table of one of theirs.
+    """
+    if config.pattern == ("attention",):
+        return tuple(table)
+    own, period = "decoder/layers/", len(config.pattern)
+    found = [weight for weight in table if not weight.path.startswith(own)]
+    for k, kind in enumerate(config.pattern):
+        ours = f"{own}block{k}/"
+        layer = [replace(w, path=w.path.replace(own, ours)) for w in table if w.path.startswith(own)]
+        layer = special[kind](layer, ours) if kind in special else layer
+        found += [replace(weight, first=k, step=period) for weight in layer]
+    return tuple(found)
 
 
 def text_system(reader: Reader, values: Mapping[str, Any], names: frozenset[str]) -> System:

@@ -73,18 +73,9 @@ def text(values: Mapping[str, Any], tied: bool, where: str) -> Text:
 
 
 def weights(config: DecoderConfig, model: str, head: str) -> tuple[Weight, ...]:
-    """Llama's tensors, layer by layer of the periods that a scan goes over, and those of the layers for features."""
-    table, own = [], "decoder/layers/"
-    each = llama.weights(config, model, head)
-    table += [weight for weight in each if not weight.path.startswith(own)]
-    period = len(config.pattern)
-    for k, cross in enumerate(config.pattern):
-        ours = f"{own}block{k}/" if config.cross_layers else own
-        found = _cross_weights(model, ours) if cross else [
-            replace(weight, path=weight.path.replace(own, ours)) for weight in each if weight.path.startswith(own)
-        ]  # fmt: skip
-        table += [replace(weight, first=k, step=period) for weight in found]
-    return tuple(table)
+    """Llama's tensors, and those of the layers for features."""
+    table = llama.weights(config, model, head)
+    return llama.of_kinds(config, table, {"cross": lambda _, ours: _cross_weights(model, ours)})
 
 
 def _cross_weights(model: str, ours: str) -> list[Weight]:

@@ -20,6 +20,7 @@ from mm_jax.families import (
     qwen,
     qwen2,
     qwen3,
+    qwen3_5,
     siglip,
 )
 from mm_jax.families.clip import Output
@@ -38,6 +39,7 @@ DECODERS: dict[str, llama.Reader] = {
     "qwen": qwen.text,
     "qwen2": qwen2.text,
     "qwen3": qwen3.text,
+    "qwen3_5_text": qwen3_5.text,
 }
 TOWERS: dict[str, Callable[[Mapping[str, Any], Output, str], ViTConfig]] = {
     "clip_vision_model": clip.tower,

@@ -83,11 +83,11 @@ def text(values: Mapping[str, Any], tied: bool, where: str) -> Text:
 
 def sectioned(text: Text, where: str) -> Text:
     """The text, after a look at its M-RoPE sections."""
-    decoder = text.decoder
-    if len(decoder.rope_sections) != 3 or sum(decoder.rope_sections) != decoder.head_dim // 2:
+    sections, channels = text.decoder.rope_sections, text.decoder.rotary_dim or text.decoder.head_dim
+    if len(sections) != 3 or sum(sections) != channels // 2:
         raise UserError(
-            f"{where}: mrope_section is {list(decoder.rope_sections)}; three numbers that add up to half of the "
-            f"head_dim {decoder.head_dim} are needed"
+            f"{where}: mrope_section is {list(sections)}; three numbers that add up to half of the {channels} channels "
+            "that are turned are needed"
         )
     return text
 

@@ -14,8 +14,19 @@ from mm_jax.families.family import Family, System, Text, Weight
 from mm_jax.families.fields import Fields
 from mm_jax.families.llama import Reader, common
 from mm_jax.families.qwen2_5_vl import JSON
+from mm_jax.families.qwen2_vl import (
+    DEFAULTS,
+    WHERE,
+    affine,
+    merger,
+    norm,
+    read,
+    rule,
+    sectioned,
+    tower,
+    tower_weights,
+)
 from mm_jax.families.qwen2_vl import VISION as QWEN2_VL
-from mm_jax.families.qwen2_vl import WHERE, affine, merger, norm, read, rule, sectioned, tower, tower_weights
 from mm_jax.families.qwen3 import DEFAULTS as QWEN3
 from mm_jax.models import MultimodalConfig
 
@@ -65,10 +76,16 @@ def read_fields(fields: Fields, tied: bool, **options: Any) -> Text:
     return sectioned(common(fields, tied, qk_norm=True, **options), fields.where)
 
 
-def system(reader: Reader, values: Mapping[str, Any], names: frozenset[str]) -> System:
+def system(
+    reader: Reader,
+    values: Mapping[str, Any],
+    names: frozenset[str],
+    defaults: Mapping[str, Any] = DEFAULTS,
+    tower_defaults: Mapping[str, Any] = VISION,
+) -> System:
     """A Qwen3-VL around the decoder that `reader` reads."""
-    fields, text_ = read(values, names, reader)
-    vision = Fields(fields("vision_config"), VISION, WHERE)
+    fields, text_ = read(values, names, reader, defaults)
+    vision = Fields(fields("vision_config"), tower_defaults, WHERE)
     side, taps = math.isqrt(vision("num_position_embeddings")), tuple(vision("deepstack_visual_indexes"))
     if side * side != vision("num_position_embeddings"):
         raise vision.unsupported("num_position_embeddings", "it must be a square")

@@ -18,6 +18,11 @@ from tests.parity.record import note  # noqa: E402
 AUTO = "AutoModelForCausalLM"
 ROPE = {"rope_theta": 5000.0}
 OPT = dict(ffn_dim=40, num_key_value_heads=None, intermediate_size=None)
+SCALES = {"conv1d": 4.0}  # what a short convolution gives is normalised, and should be no noise
+HYBRID = dict(
+    num_hidden_layers=4, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=12,
+)  # fmt: skip
 # within 64 positions of the tiny models the blends of llama3 and yarn must have channels on both sides
 CASES = {
     "llama": ("Llama", {}),
@@ -65,6 +70,14 @@ CASES = {
         dict(head_dim=8, attention_bias=True, tie_word_embeddings=True, hidden_act="relu", use_sliding_window=True,
              sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
     ),
+    "qwen3_5_text": ("Qwen3_5Text", HYBRID),
+    "qwen3_5_text-options": (
+        "Qwen3_5Text",
+        HYBRID
+        | dict(num_hidden_layers=3, layer_types=["full_attention", "linear_attention", "linear_attention"],
+               linear_num_key_heads=1, linear_conv_kernel_dim=3, attention_bias=True, tie_word_embeddings=True,
+               rope_parameters=ROPE | {"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5}),
+    ),
     "opt": ("OPT", OPT),
     "opt-post-norm": (
         "OPT",
@@ -97,12 +110,12 @@ CASES = {
 # what touches positions, masks or the cache
 GREEDY = (
     "llama", "llama-dynamic", "llama-yarn-options", "mistral-window", "qwen2-window", "qwen3", "opt", "gemma2",
-    "gemma3_text", "gemma", "internlm3",
+    "gemma3_text", "gemma", "internlm3", "qwen3_5_text",
 )  # fmt: skip
 # one of each family, the one with the most options
 GRADIENTS = (
     "llama-tied-biases", "internlm3", "mistral-window", "qwen2-window", "qwen3-options", "opt-post-norm", "gemma",
-    "gemma2", "gemma3_text",
+    "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_5_text-options",
 )  # fmt: skip
 
 
@@ -111,7 +124,7 @@ def test_matches_transformers(case, tmp_path):
     """Logits with padding on either side, 16 greedy tokens, gradients, and the way back."""
     name, options = CASES[case]
     config = getattr(transformers, f"{name}Config")(**theirs.TEXT | options)
-    model = theirs.build(config, tmp_path / "in")
+    model = theirs.build(config, tmp_path / "in", scales=SCALES)
     lm = mm_jax.load(tmp_path / "in")
     assert lm.family == model.config.model_type and lm.config.dtype == "float32"
     left, right = theirs.rows(97, pad_left=True), theirs.rows(97)
@@ -125,6 +138,17 @@ def test_matches_transformers(case, tmp_path):
         same_greedy(model, lm, left)
         ids = [lm.generate(lm.batch(**arrays), 16, ignore_eos=True) for arrays in (left, right)]
         assert np.array_equal(*ids)
+
+
+def test_linear_attention_over_long_texts(tmp_path):
+    """Over several of the pieces that are computed at once, ours and theirs."""
+    config = transformers.Qwen3_5TextConfig(**theirs.TEXT | HYBRID)
+    model = theirs.build(config, tmp_path / "in", scales=SCALES)
+    lm = mm_jax.load(tmp_path / "in")
+    rows = theirs.rows(97, lengths=(63, 150, 129), pad_left=True)
+    same_logits(model, lm, rows)
+    lm.max_length = 192
+    same_greedy(model, lm, rows)
 
 
 @pytest.mark.parametrize("kv_heads, bias", [(2, False), (1, True), (4, True)])

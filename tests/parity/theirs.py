@@ -52,6 +52,8 @@ def build(
                 value.copy_(1 + 0.2 * noise)
             elif value.numel() == 1 and "gate" in name:  # its tanh is a factor on a whole branch
                 value.copy_(0.7 + 0.2 * noise)
+            elif name.endswith("A_log"):  # of memories that fade: some reach far
+                value.copy_(-2 + noise)
             elif value.ndim == 1:
                 value.copy_(0.2 * noise)
             else:
