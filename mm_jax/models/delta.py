@@ -12,6 +12,7 @@ from einops import rearrange
 
 from mm_jax.models.execution import Execution
 from mm_jax.models.layers import CLOSED, rms_norm
+from mm_jax.models.quantised import Dense
 
 CHUNK = 64  # tokens that are read at once
 EXACT = jax.lax.Precision.HIGHEST  # what is written is a small difference of what is known and what is seen
@@ -236,7 +237,7 @@ class GatedDelta(nn.Module):
         state = jnp.where(texts.begun[:, None, None, None], state, 0)
 
         def dense(name: str, features: int) -> jax.Array:
-            return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)(x)
+            return Dense(features, use_bias=False, dtype=self.dtype, name=name)(x)
 
         mixed, tails, start = {}, [], 0
         for name, width in c.widths.items():
@@ -263,7 +264,7 @@ class GatedDelta(nn.Module):
         out = rearrange(out, "b t n v -> b t (n v)") * nn.silu(
             dense("gate", c.widths["value"]).astype(jnp.float32)
         )
-        last = nn.Dense(x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=CLOSED, name="out")
+        last = Dense(x.shape[-1], use_bias=False, dtype=self.dtype, kernel_init=CLOSED, name="out")
         out = last(out.astype(self.dtype))
         if not keep:
             return out, None

@@ -19,6 +19,7 @@ from mm_jax.models import (
     init_cache,
 )
 from mm_jax.models.delta import short_convolution
+from mm_jax.models.quantised import Quantised, quantised
 
 DELTA = DeltaConfig(2, 4, key_dim=4, value_dim=6, kernel_size=3)
 DECODER = DecoderConfig(
@@ -168,6 +169,19 @@ def test_gradients_are_of_packed_texts_too(model):
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(packed))
     jax.tree.map(lambda p, a, b: np.testing.assert_allclose(p, a + b, atol=2e-5 * scale), packed, *alone)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient(fast, batch([(70, 9)]))))
+
+
+def test_integer_kernels(model):
+    """Maps of these layers as integers, as of all others."""
+    lm, params, run = model
+    arrays = batch([(20,)])
+    rounded = quantised(params, "int8")
+    delta = rounded["decoder"]["layers"]["block0"]["delta"]
+    assert all(
+        isinstance(delta[name]["kernel"], Quantised) for name in ("query", "key", "value", "gate", "out")
+    )
+    found = np.asarray(lm.apply({"params": rounded}, arrays))
+    assert 1e-4 < np.abs(found - np.asarray(run(arrays))).max() < 0.3
 
 
 def test_masks_without_segments_are_refused():
