@@ -351,20 +351,29 @@ class LanguageModel:
 
         Returns:
           The prompt (its indices say which token is which media feature), and float32 weights: "decoder"
-          [layers, heads, S, S] with S = prompt + answer; where the projector has queries also "image_projector"
-          [slots, heads, queries, patches] and "audio_projector", see `mm_jax.inference.attention.reading_weights`.
+          [layers with attention, heads, S, S] with S = prompt + answer; where the projector has queries also
+          "image_projector" [slots, heads, queries, patches] and "audio_projector", see
+          `mm_jax.inference.attention.reading_weights`.
           `mm_jax.inference.attention.looks` carries them back to the patches of each picture.
         """
         if self.config.crossed:
             raise UserError(
                 "this model reads pictures beside the text, so no token stands for a place of one"
             )
+        if "attention" not in self.config.decoder.kinds:
+            raise UserError("this model has linear attention alone, which has no weights")
         prompt = messages if isinstance(messages, Example) else self.prompt(messages)
         whole = extended(prompt, answer)
         batch = collate_prompts([whole], self.layout)
         sown = self._attention(self.params, batch)["intermediates"]
         length = whole.length
-        decoder = np.asarray(sown["decoder"]["layers"]["attention"]["attention_weights"][0])
+        layers, kinds = sown["decoder"]["layers"], self.config.decoder.pattern
+        if len(kinds) > 1:  # of several kinds, of which some look at all tokens
+            blocks = [layers[f"block{k}"] for k, kind in enumerate(kinds) if kind == "attention"]
+        else:
+            blocks = [layers]
+        found = [np.asarray(block["attention"]["attention_weights"][0]) for block in blocks]
+        decoder = np.stack(found, axis=1).reshape(-1, *found[0].shape[1:])
         weights = {"decoder": decoder[:, 0, :, :length, :length]}
         for name, count in (("image_projector", prompt.num_images), ("audio_projector", prompt.num_audio)):
             if count and name in sown:

@@ -109,3 +109,11 @@ def test_what_is_read_again(model, alone):
     waits = [engine.submit(Request(long, Sampling(0.8, seed=k), NEW, ignore_eos=True)) for k in range(2)]
     finish(engine, waits)
     assert waits[0].reused == 40
+
+
+def test_where_it_looked(model):
+    """Weights of the layers that have some."""
+    prompt, weights = model.attention(MESSAGES[0], [3, 4])
+    length = prompt.length + 2
+    assert weights["decoder"].shape == (1, model.config.decoder.num_heads, length, length)
+    assert np.allclose(weights["decoder"].sum(-1), 1, atol=1e-5)
