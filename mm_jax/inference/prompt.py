@@ -218,6 +218,8 @@ def _pictures(images: Mapping[str, np.ndarray], layout: Layout) -> Iterator[tupl
         yield from ((k, k + 1) for k in range(len(next(iter(images.values())))))
         return
     segments = images[names[0]]
+    if not segments.any():  # a row without pictures among others
+        return
     numbers, starts = np.unique(segments, return_index=True)
     starts = sorted(starts[numbers > 0].tolist())
     ends = [*starts[1:], int(np.flatnonzero(segments).max(initial=-1)) + 1]

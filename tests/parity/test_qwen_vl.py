@@ -45,7 +45,7 @@ CASES = {
     "qwen3_5": (
         "Qwen3_5",
         dict(TEXT, num_hidden_layers=4, head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4,
-             linear_key_head_dim=8, linear_value_head_dim=12,
+             linear_key_head_dim=8, linear_value_head_dim=12, rms_norm_eps=1e-3,
              rope_parameters=ROPE | dict(mrope_section=[2, 1, 1], partial_rotary_factor=0.25)),
         NEW | dict(num_position_embeddings=25),
     ),
