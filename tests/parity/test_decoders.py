@@ -142,8 +142,8 @@ def test_matches_transformers(case, tmp_path):
 
 def test_linear_attention_over_long_texts(tmp_path):
     """Over several of the pieces that are computed at once, ours and theirs."""
-    # what linear attention gives is normalised: a larger eps keeps next to nothing from becoming as large as all else; logits
-    # of unit scale
+    # what linear attention gives is normalised: a larger eps keeps next to nothing from becoming as large as all
+    # else; logits of about unit scale
     config = transformers.Qwen3_5TextConfig(**theirs.TEXT | HYBRID | dict(rms_norm_eps=1e-3))
     model = theirs.build(config, tmp_path / "in", scales={"lm_head": 0.5})
     lm = mm_jax.load(tmp_path / "in")
