@@ -150,6 +150,15 @@ def buckets(count: int, side: int) -> np.ndarray:
     start = (index // 8 * 8 * step).astype(np.float32).astype(float)
     blocked = index < count // 8 * 8
     fraction = np.where(blocked, start + index % 8 * step, index * step).astype(np.float32)
+    return _between(fraction, side)
+
+
+def nearest_places(count: int, side: int) -> np.ndarray:
+    """`buckets` where the reference divides (MiniCPM-V 4.6)."""
+    return _between(np.arange(count, dtype=np.float32) / np.float32(count), side)
+
+
+def _between(fraction: np.ndarray, side: int) -> np.ndarray:
     boundaries = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
     return np.searchsorted(boundaries, fraction, side="right")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mm_jax.models.conformer import ConformerConfig, MelSubsampling
 from mm_jax.models.multimodal import MultimodalConfig
+from mm_jax.models.native import JOINED
 from mm_jax.models.sam import HybridConfig, SamConfig
 from mm_jax.models.tiles import TiledViTConfig
 from mm_jax.models.vision import ViTConfig
@@ -57,12 +58,18 @@ def forward_flops(config: MultimodalConfig, work: Work) -> dict[str, float]:
         return 2.0 * (reads + tokens * (2 * h * h + 2 * positions * h + 4 * h * h + h * width))
 
     if (v := config.vision) is not None and config.native:
-        full = len(v.full_layers) if v.window else v.num_layers
+        full = len(v.full_layers) if v.window else v.join_after or v.num_layers
+        late = v.num_layers - v.join_after if v.join_after else 0  # layers of a quarter of the patches
         # windows are taken as full, which those at the edge of a picture are not
-        pairs = full * work.frame_pairs + (v.num_layers - full) * work.patches * v.block
+        pairs = full * work.frame_pairs + (v.num_layers - full - late) * work.patches * v.block
+        pairs += late * work.frame_pairs / JOINED**2
         layer = 4 * v.embed_dim**2 + (2 + v.gated) * v.embed_dim * v.mlp_dim
-        flops["vision"] = 2 * work.patches * (v.patch_dim * v.embed_dim + v.num_layers * layer)
+        layers = v.num_layers - late + late / JOINED
+        flops["vision"] = 2 * work.patches * (v.patch_dim * v.embed_dim + layers * layer)
         flops["vision"] += 4 * v.embed_dim * pairs
+        if v.join_after:
+            maps = 4 * v.embed_dim**2 + v.embed_dim * v.mlp_dim * (JOINED + 1) + 2 * v.embed_dim * JOINED
+            flops["vision"] += 2 * work.patches * maps
         tokens = work.patches // v.merge**2
         flops["image_projector"] = projector("image_projector", v.feature_dim, work.patches, tokens)
         if config.deep_projector is not None:

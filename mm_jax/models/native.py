@@ -30,6 +30,8 @@ class NativeViTConfig:
       rope_theta: base of the rotary positions; 0 for none.
       post_norm: a norm after the last block; taps are taken before it.
       slot_patches: patches of a slot, where each picture has a slot of its own; 0: they follow each other in a row.
+      join_after: behind so many blocks every four patches, which stand next to each other, become one, see
+        `JoinedPatches`; 0: nowhere. Not together with windows, rotary positions or taps.
       taps: give out the hidden states after these blocks too (0 is the first block), for the decoder's first layers.
     """
 
@@ -53,6 +55,7 @@ class NativeViTConfig:
     taps: tuple[int, ...] = ()
     post_norm: bool = False
     slot_patches: int = 0
+    join_after: int = 0
 
     @property
     def patch_dim(self) -> int:
@@ -124,6 +127,37 @@ class NativeBlock(nn.Module):
         return x, x if c.taps else None
 
 
+JOINED = 4  # patches
+
+
+class JoinedPatches(nn.Module):
+    """Four patches become one: they look at each other, and an MLP over all of them adds to their mean (reference:
+    MiniCPMV4_6ViTWindowAttentionMerger)."""
+
+    config: NativeViTConfig
+    dtype: jnp.dtype = jnp.float32
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """[B, P, D], int32 [B, P] -> [B, P / 4, D]."""
+        c = self.config
+
+        def norm(name: str) -> nn.Module:
+            return NORMS[c.norm](c.norm_eps, self.dtype, name)
+
+        attend = Attention(
+            c.num_heads, c.num_heads, c.embed_dim // c.num_heads, dtype=self.dtype, execution=self.execution,
+            axes=NATIVE, name="attention",
+        )  # fmt: skip
+        x = x + attend(norm("attention_norm")(x), core=_windowed(segment_ids, JOINED, self.execution))[0]
+        four = rearrange(x, "b (p s) d -> b p s d", s=JOINED)
+        side_by_side = norm("mlp_norm")(rearrange(four, "b p s d -> b p (s d)"))
+        hidden = nn.Dense(JOINED * c.mlp_dim, dtype=self.dtype, name="up")(side_by_side)
+        more = nn.Dense(c.embed_dim, dtype=self.dtype, name="down")(nn.gelu(hidden, approximate=True))
+        return jnp.mean(four, axis=2) + more
+
+
 class NativeViT(nn.Module):
     """ViT over patches of many pictures in one row, with 2-D rotary positions (Qwen2-VL; with its options Qwen2.5-VL,
     whose layers look through windows, and Qwen3-VL, which adds a learned table and DeepStack taps).
@@ -156,9 +190,14 @@ class NativeViT(nn.Module):
             a patch takes of each row and of each column.
 
         Returns:
-          [B, P, embed_dim], and the hidden states of the taps [taps, B, P, embed_dim] or None.
+          [B, P, embed_dim], or [B, P / 4, embed_dim] where patches are joined, and the hidden states of the taps
+          [taps, B, P, embed_dim] or None.
+
+        Raises ValueError: options that do not go together.
         """
         c = self.config
+        if c.join_after and (c.window or c.rope_theta or c.taps):
+            raise ValueError("patches are not joined together with windows, rotary positions or taps")
         x = nn.Dense(c.embed_dim, use_bias=c.patch_bias, dtype=self.dtype, name="patch_embed")(patches)
         if c.table_side:
             shape = (c.table_side**2, c.embed_dim)
@@ -176,11 +215,19 @@ class NativeViT(nn.Module):
         full = None
         if c.window and len(c.full_layers) < c.num_layers:
             full = jnp.isin(jnp.arange(c.num_layers), jnp.asarray(c.full_layers, jnp.int32))
-        layers = stack(NativeBlock, c.num_layers, 0, nn.broadcast, nn.broadcast, execution=self.execution)(
-            c, self.dtype, self.execution, name="layers"
-        )
+
+        def layers(name: str, count: int, *arrays: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+            several = stack(NativeBlock, count, 0, nn.broadcast, nn.broadcast, execution=self.execution)
+            return several(c, self.dtype, self.execution, name=name)(*arrays)
+
         x = self.execution.constrain(x, "batch", None, None)
-        x, states = layers(x, full, segment_ids, turned)
+        x, states = layers("layers", c.join_after or c.num_layers, x, full, segment_ids, turned)
+        if c.join_after:
+            x = JoinedPatches(c, self.dtype, self.execution, name="join")(x, segment_ids)
+        if 0 < c.join_after < c.num_layers:
+            x, _ = layers(
+                "joined_layers", c.num_layers - c.join_after, x, full, segment_ids[:, ::JOINED], turned
+            )
         if c.post_norm:
             x = NORMS[c.norm](c.norm_eps, self.dtype, "norm")(x)
         return x, states[jnp.asarray(c.taps)] if c.taps else None
