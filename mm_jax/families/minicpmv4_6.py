@@ -1,5 +1,5 @@
-"""MiniCPM-V 4.6 (reference: MiniCPMV4_6ForConditionalGeneration): SigLIP on slices of any shape whose patches join on the
-way, a merger, and Qwen3.5."""
+"""MiniCPM-V 4.6 (reference: MiniCPMV4_6ForConditionalGeneration): SigLIP on slices of any shape, whose patches
+join on the way, a merger, and Qwen3.5."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def build(directory, **options):
     config = transformers.MiniCPMV4_6Config(
         text_config=dict(TEXT), vision_config=dict(VISION), **dict(image_token_id=IMAGE, insert_layer_id=1) | options
     )  # fmt: skip
-    # what a short convolution gives is normalised, and should be no noise
-    model = theirs.build(config, directory, KIND, scales={"conv1d": 4.0})
+    # what a short convolution gives is normalised, and should be no noise; logits of about unit scale
+    model = theirs.build(config, directory, KIND, scales={"conv1d": 4.0, "lm_head": 0.5})
     transformers.models.minicpmv4_6.MiniCPMV4_6ImageProcessorPil(
         **OVERHEAD, downsample_mode=config.downsample_mode
     ).save_pretrained(directory)
@@ -105,25 +105,24 @@ def test_where_patches_join(options, each, tmp_path):
 @pytest.mark.parametrize(
     "size", [(20, 33), (64, 64), (65, 64), (90, 150), (300, 40), (41, 823), (200, 200), (97, 131), (130, 130)]
 )
-def test_pictures_and_their_text(size, pair, tmp_path):
-    model, lm = pair
+def test_pictures_and_their_text(size, pair):
+    _, lm = pair
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     theirs_ = transformers.models.minicpmv4_6.MiniCPMV4_6ImageProcessorPil(**OVERHEAD)
     expected = theirs_([PIL.Image.fromarray(picture)], return_tensors="np")
-    found = lm.preprocess(images=[picture])
+    rule = lm.checkpoint.rule
+    found = rule.images([picture])
     assert np.array_equal(found["target_sizes"], expected["target_sizes"])
     assert found["slice_grids"].tolist() == expected["grids"]
     error = float(np.abs(found["pixel_values"] - expected["pixel_values"]).max())
     assert error <= 1e-6
     note(lm.family, "preprocessing", error)
-    rule = lm.checkpoint.rule
-    [item] = rule.items("image", rule.images([picture]), ())
-    processor = PROCESSOR()
-    text = processor.replace_image_token(expected, 0, image_token_divisor=16).replace("#", MEDIA)
+    [item] = rule.items("image", found, ())
+    text = Writer().replace_image_token(expected, 0, image_token_divisor=16).replace("#", MEDIA)
     assert item.text == f"<image_id>0</image_id>{text}" and item.features == text.count(MEDIA)
 
 
-class PROCESSOR:
+class Writer:
     """As much of the reference's processor as writes the text of a picture."""
 
     image_start_token, image_end_token = "<image>", "</image>"
