@@ -19,7 +19,7 @@ IMAGE, PATCH = 93, 4
 KIND = "MiniCPMV4_6ForConditionalGeneration"
 TEXT = theirs.TEXT | dict(
     model_type="qwen3_5_text", num_hidden_layers=4, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
-    linear_key_head_dim=8, linear_value_head_dim=12, max_position_embeddings=256,
+    linear_key_head_dim=8, linear_value_head_dim=12, max_position_embeddings=256, rms_norm_eps=1e-3,
 )  # fmt: skip
 VISION = theirs.VISION | dict(patch_size=PATCH, image_size=28)
 # slices of a row, each rows and columns of patches
@@ -31,7 +31,8 @@ def build(directory, **options):
     config = transformers.MiniCPMV4_6Config(
         text_config=dict(TEXT), vision_config=dict(VISION), **dict(image_token_id=IMAGE, insert_layer_id=1) | options
     )  # fmt: skip
-    # what a short convolution gives is normalised, and should be no noise; logits of about unit scale
+    # what a short convolution gives is normalised, and should be no noise; so is what linear attention gives, where
+    # the larger eps keeps next to nothing from becoming as large as all else; logits of about unit scale
     model = theirs.build(config, directory, KIND, scales={"conv1d": 4.0, "lm_head": 0.5})
     transformers.models.minicpmv4_6.MiniCPMV4_6ImageProcessorPil(
         **OVERHEAD, downsample_mode=config.downsample_mode
