@@ -22,13 +22,23 @@ from tests.parity.record import note
 TOLERANCE = 1e-4
 
 
+# Linear attention normalises its sums (Qwen3.5): where they are small, the noise of float32 grows with everything else.
+# Ours lay 4.6e-5 and theirs 1.9e-5 from a float64 reference on a batch where usual decoders are 50 times nearer.
+LINEAR_TOLERANCE = 3e-4
+
+
+def tolerance_of(lm) -> float:
+    decoder = getattr(lm.config, "decoder", lm.config)
+    return LINEAR_TOLERANCE if getattr(decoder, "delta_layers", None) else TOLERANCE
+
+
 @functools.lru_cache(maxsize=1)
 def compiled(lm):
     """`lm.apply` with its programs, which the batches of one test share."""
     return jax.jit(lm.apply)
 
 
-def same_logits(model, lm, arrays: dict[str, np.ndarray], tolerance: float = TOLERANCE) -> float:
+def same_logits(model, lm, arrays: dict[str, np.ndarray], tolerance: float | None = None) -> float:
     """The largest difference over the real tokens; the logits have about unit scale."""
     batch = lm.batch(**arrays)
     ours = np.asarray(compiled(lm)(lm.params, batch))
@@ -37,7 +47,7 @@ def same_logits(model, lm, arrays: dict[str, np.ndarray], tolerance: float = TOL
     assert ours.shape == expected.shape
     assert 0.1 < expected[real].std() < 10
     error = float(np.abs(ours - expected)[real].max())
-    assert error <= tolerance, error
+    assert error <= (tolerance or tolerance_of(lm)), error
     if all(x.dtype == jnp.float32 for x in jax.tree.leaves(lm.params)):
         note(lm.family, "logits", error)
     return error
@@ -93,7 +103,7 @@ def same_gradients(
     lm,
     arrays: dict[str, np.ndarray],
     directory: Path,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     released: Callable[[Path, Path], None] | None = None,
 ) -> float:
     """The gradient of the mean cross-entropy of every next token of text with respect to every parameter.
@@ -108,6 +118,7 @@ def same_gradients(
       The largest difference over the largest entry of the same tensor's gradient, or over a thousandth of the largest
       entry of all where a tensor has next to none (biases of keys, which the softmax cancels).
     """
+    tolerance = tolerance or tolerance_of(lm)
     ids, mask = arrays["input_ids"], arrays["attention_mask"].astype(bool)
     media = np.isin(ids, list(lm.checkpoint.rule.tokens.values()))
     wanted = (mask[:, 1:] & mask[:, :-1] & ~media[:, 1:]).astype(np.float32)
