@@ -92,7 +92,7 @@ def get_config() -> RunConfig:
                 optimizer=muon,
             ),
             "instruct": Stage(
-                steps=1500,
+                steps=1900,
                 mixture=everything,
                 trainable=(".*_projector", "decoder"),
                 answer_weight="answer",
