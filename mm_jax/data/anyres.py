@@ -191,9 +191,9 @@ class AnyRes(MediaRule):
         ]
 
     def spans(self, longest: int) -> Iterable[int]:
-        """Tiles whose features are mixed are one."""
-        tiles = {rows * columns // self.size**2 for rows, columns in self.sizes}
-        return (1, *(count for count in tiles if self.most is not None and count > self.most))
+        """Where features are scaled down, tokens are mixed of neighbouring tiles: of a row, or of all rows."""
+        tiles = max(rows * columns // self.size**2 for rows, columns in self.sizes)
+        return (1,) if self.most is None or tiles <= self.most else range(1, tiles + 1)
 
     def _item(self, views: np.ndarray, size: Size | None) -> Item:
         """A picture of (height, width) in tiles, or without one."""

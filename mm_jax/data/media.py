@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import os
 from collections.abc import Callable
@@ -46,7 +45,7 @@ def _read(source: bytes | str | os.PathLike, reason: str) -> tuple[bytes, str]:
             raise MediaError(f"{name} must look like data:image/png;base64,...", reason)
         try:
             data = base64.b64decode(body, validate=True)
-        except binascii.Error:
+        except ValueError:  # letters that are not ASCII as well
             raise MediaError(f"{name} is not valid base64", reason) from None
     elif isinstance(source, str) and source.startswith(("http://", "https://")):
         text = f"{source[:80]}: give a file path or a data URL, nothing is downloaded"

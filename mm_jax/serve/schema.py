@@ -385,6 +385,8 @@ def check_messages(
         roles = ("system", "user", "assistant", "tool")
         if role not in roles:
             raise bad(f'unknown role "{role}"{nearest(str(role), roles)}')
+        if role == "tool" and not isinstance(message.get("tool_call_id"), str):
+            raise bad("a tool's message needs the tool_call_id of a call")
         calls = message.get("tool_calls")
         if calls is not None:
             _check_calls(role, calls, bad)

@@ -12,10 +12,22 @@ from mm_jax.data.messages import Image, Message, Text, Video  # noqa: E402
 from mm_jax.data.native_pixels import fitting_size, largest_area  # noqa: E402
 from mm_jax.data.patches import PatchLayout  # noqa: E402
 from mm_jax.inference.batch import span_bucket  # noqa: E402
+from mm_jax.inference.prompt import _mixed  # noqa: E402
 from mm_jax.inference.request import Request  # noqa: E402
 from tests.parity import hosts, test_anyres, test_qwen_chat  # noqa: E402
 
-SIZES = [(60, 31), (17, 90), (24, 24), (8, 8), (300, 9), (3, 200), (200, 200), (41, 39), (640, 480)]
+SIZES = [
+    (60, 31),
+    (17, 90),
+    (24, 24),
+    (8, 8),
+    (300, 9),
+    (3, 200),
+    (200, 200),
+    (41, 39),
+    (640, 480),
+    (300, 199),
+]
 LONGEST = 128
 
 
@@ -89,3 +101,15 @@ def test_no_picture_is_larger_than_the_largest(window):
 def test_tiles(kind, tmp_path):
     test_anyres.build(kind, tmp_path)
     assert len(check(mm_jax.load(tmp_path), kind == "onevision")) == (1 if kind == "next" else 2)
+
+
+def test_mixed_tiles():
+    """Tiles that a token is mixed of are encoded together, and no others."""
+    each, none = 9, np.zeros((1, 4), np.float32)
+    index = np.array([0, 8, -2, 9, 25, 36, -1])
+    distances = np.zeros((7, 4), np.int32)
+    weights = np.repeat(none + [1, 0, 0, 0], 7, axis=0)
+    distances[1] = [0, 1, 0, 40]  # of no weight
+    distances[3], weights[3] = [0, 8, 0, 9], 0.25  # from the second tile into the third
+    distances[4], weights[4] = [0, 1, 1, 2], 0.25  # and from there into the fourth
+    assert list(_mixed(index, (distances, weights), each, 6)) == [(0, 1), (1, 4), (4, 5), (5, 6)]
