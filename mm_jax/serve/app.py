@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mm_jax.serve")
 PAGE = Path(__file__).with_name("page.html")
+THREADS = 4  # that decode media; with dozens every one keeps memory of its own for the largest it has seen
 PIECES = (1, 4)  # prompts that are read together: few sizes, as a server compiles all programs when it starts
 
 
@@ -46,6 +48,7 @@ def build(lm: LanguageModel, options: ServeOptions) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         worker.start()
         try:
             yield
