@@ -95,16 +95,15 @@ def attention(
     axes: Axes,
 ) -> jax.Array:
     """As `mm_jax.models.attention.attention`, where `fits`."""
-    windows = (0,) if mask.window is None else mask.windows
     query = query * jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, query.dtype)
     ids = mask.query_segment_ids
     if ids is None:
         ids = jnp.zeros(query.shape[:2], jnp.int32)
-    run = [functools.partial(_sharded, mask.causal, window, cap, execution, axes) for window in windows]
-    if len(windows) == 1:
-        return run[0](query, key, value, ids)
-    which = jnp.argmax(jnp.asarray(windows) == mask.window)
-    return jax.lax.switch(which, run, query, key, value, ids)
+
+    def run(window: int, *arrays: jax.Array) -> jax.Array:
+        return _sharded(mask.causal, window, cap, execution, axes, *arrays)
+
+    return splash.by_window(mask, run, query, key, value, ids)
 
 
 def _sharded(

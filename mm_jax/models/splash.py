@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -45,18 +46,28 @@ def attention(
     axes: Axes,
 ) -> jax.Array:
     """As `mm_jax.models.attention.attention`, for a mask of whole rows. Off TPUs the kernel is interpreted."""
-    windows = (0,) if mask is None or mask.window is None else mask.windows
     causal = mask is not None and mask.causal
     query = query * jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, query.dtype)
-    run = [functools.partial(_sharded, causal, window, cap, execution, axes) for window in windows]
     segments = None if mask is None else (mask.query_segment_ids, mask.key_segment_ids)
     if segments is not None and segments[0] is None:
         segments = None
+
+    def run(window: int, *arrays: Any) -> jax.Array:
+        return _sharded(causal, window, cap, execution, axes, *arrays)
+
+    return by_window(mask, run, query, key, value, segments)
+
+
+def by_window(mask: Mask | None, run: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
+    """`run(window, *arrays)` with the window of the mask, which is a number there; 0 for no limit.
+
+    The layers of a scan differ in their windows, and what runs is compiled for one.
+    """
+    windows = (0,) if mask is None or mask.window is None else mask.windows
     if len(windows) == 1:
-        return run[0](query, key, value, segments)
-    # the layers of a scan differ in their windows, and a kernel is compiled for one
+        return run(windows[0], *arrays)
     which = jnp.argmax(jnp.asarray(windows) == mask.window)
-    return jax.lax.switch(which, run, query, key, value, segments)
+    return jax.lax.switch(which, [functools.partial(run, window) for window in windows], *arrays)
 
 
 def _sharded(
