@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from mm_jax.errors import UserError
 from mm_jax.families import clip, qwen2, siglip
 from mm_jax.families.family import LINEAR, Family, Names, Part, System, Weight, norm
 from mm_jax.families.fields import Fields
-from mm_jax.models import MultimodalConfig, NativeViTConfig, ProjectorConfig, ViTConfig
+from mm_jax.models import MultimodalConfig, NativeViTConfig, ProjectorConfig
 
 DEFAULTS = {
     "vision_config": {},
@@ -35,6 +34,7 @@ SLICES = {"max_slice_nums": 9, "scale_resolution": 448, "patch_size": 14}
 TOWER = {**siglip.DEFAULTS, "patch_size": 14}
 UNKNOWN = 128_244  # <unk> in the released vocabulary, the place of a feature
 HEAD_DIM = 128  # of the resampler
+PATCH = "d c p q -> (c p q) d"  # the map of the patches, whose values come channel by channel
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
     "{% endif %}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -71,7 +71,7 @@ def _system(values: Mapping[str, Any], names: Names) -> System:
     )
     fields.finish()
     table = (
-        *_tower_weights(vision),
+        *siglip.native_weights(vision, "vpm.", "vision/", pattern=PATCH),
         *resampler(projector, "resampler.", "resampler."),
         *text.table("llm.model.", "llm.lm_head."),
     )
@@ -82,39 +82,15 @@ def _system(values: Mapping[str, Any], names: Names) -> System:
 
 def _tower(values: Mapping[str, Any], drop_last: bool, pixels: int) -> NativeViTConfig:
     fields = Fields(values, TOWER, "config.json: vision_config")
-    if fields("num_channels") != 3:
-        raise fields.unsupported("num_channels")
     patch = fields.square("patch_size")
-    config = NativeViTConfig(
-        patch_size=patch,
-        frames=1,
+    return siglip.native(
+        fields,
         merge=1,
-        embed_dim=fields("hidden_size"),
         num_layers=fields("num_hidden_layers") - bool(drop_last),
-        num_heads=fields("num_attention_heads"),
-        mlp_dim=fields("intermediate_size"),
-        activation=fields.activation("hidden_act"),
-        norm_eps=fields("layer_norm_eps"),
-        patch_bias=True,
-        rope_theta=0.0,
         table_side=fields.square("image_size") // patch,
-        post_norm=True,
         # of a slice of pixels x pixels; an eighth more, for the sides of long ones are rounded up to patches
         slot_patches=(pixels // patch) ** 2 * 9 // 8,
     )
-    fields.finish()
-    return config
-
-
-def _tower_weights(config: NativeViTConfig) -> list[Weight]:
-    """SigLIP's, with the values of a patch in another order."""
-    shape = ViTConfig(patch_size=config.patch_size)
-    return [
-        replace(weight, pattern="d c p q -> (c p q) d")
-        if weight.path.endswith("patch_embed/kernel")
-        else weight
-        for weight in clip.weights(shape, "vpm.", "vision/")
-    ]
 
 
 def resampler(config: ProjectorConfig, pool: str, after: str) -> list[Weight]:

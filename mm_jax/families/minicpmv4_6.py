@@ -15,12 +15,12 @@ from mm_jax.data.media_rule import MEDIA, Arrays, Item, MediaRule, Settings
 from mm_jax.data.pieces import slices
 from mm_jax.data.pixels import BICUBIC, HALF, PixelRule, resize
 from mm_jax.errors import UserError
-from mm_jax.families import clip, siglip
+from mm_jax.families import siglip
 from mm_jax.families.family import Family, Names, System, Weight, linear, norm
 from mm_jax.families.fields import Fields
-from mm_jax.families.minicpmv import nearest_places
+from mm_jax.families.minicpmv import PATCH, nearest_places
 from mm_jax.families.parts import read_text
-from mm_jax.models import MultimodalConfig, NativeViTConfig, ProjectorConfig, ViTConfig
+from mm_jax.models import MultimodalConfig, NativeViTConfig, ProjectorConfig
 
 DEFAULTS = {
     "text_config": {},
@@ -86,39 +86,23 @@ def _system(values: Mapping[str, Any], names: Names) -> System:
 def _tower(values: Mapping[str, Any], side: int, join_after: int) -> NativeViTConfig:
     fields = Fields(values, TOWER, "config.json: vision_config")
     fields.skip("insert_layer_id")  # that of the whole config counts
-    if fields("num_channels") != 3:
-        raise fields.unsupported("num_channels")
     if fields.square("window_kernel_size") != 2:
         raise fields.unsupported("window_kernel_size")
     layers, patch = fields("num_hidden_layers"), fields.square("patch_size")
     if not 0 < join_after <= layers:
         raise UserError(f"config.json: insert_layer_id is {join_after - 1}, the tower has {layers} layers")
-    config = NativeViTConfig(
-        patch_size=patch,
-        frames=1,
+    return siglip.native(
+        fields,
         merge=side,
-        embed_dim=fields("hidden_size"),
-        num_layers=layers,
-        num_heads=fields("num_attention_heads"),
-        mlp_dim=fields("intermediate_size"),
-        activation=fields.activation("hidden_act"),
-        norm_eps=fields("layer_norm_eps"),
-        patch_bias=True,
-        rope_theta=0.0,
         table_side=fields.square("image_size") // patch,
-        post_norm=True,
         join_after=join_after if side == 4 else 0,
     )
-    fields.finish()
-    return config
 
 
 def _tower_weights(config: NativeViTConfig) -> list[Weight]:
     """SigLIP's, with the values of a patch in another order, and those of the joint between two of its layers."""
     table = []
-    for weight in clip.weights(ViTConfig(patch_size=config.patch_size), THEIRS, "vision/"):
-        if weight.path.endswith("patch_embed/kernel"):
-            weight = replace(weight, pattern="d c p q -> (c p q) d")
+    for weight in siglip.native_weights(config, THEIRS, "vision/", pattern=PATCH):
         table.append(weight)
         if weight.depth and 0 < config.join_after < config.num_layers:
             path = weight.path.replace("vision/layers/", "vision/joined_layers/")

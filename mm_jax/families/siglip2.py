@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from mm_jax.families import clip, siglip
 from mm_jax.families.family import LINEAR, Family, Names, System, Weight
 from mm_jax.families.fields import Fields
 from mm_jax.families.media import patch_layout
-from mm_jax.models import NativeViTConfig, ViTConfig
+from mm_jax.models import NativeViTConfig
 
 DEFAULTS = {k: v for k, v in siglip.DEFAULTS.items() if k != "image_size"} | {"num_patches": 256}
 TAKES = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
@@ -25,36 +24,15 @@ def tower(values: Mapping[str, Any], where: str) -> NativeViTConfig:
     """Raises UserError for what is not supported."""
     fields = Fields(values, DEFAULTS, where)
     fields.skip("vision_use_head")
-    if fields("num_channels") != 3:
-        raise fields.unsupported("num_channels")
     side = math.isqrt(fields("num_patches"))
     if side**2 != fields("num_patches"):
         raise fields.unsupported("num_patches", "a square is needed")
-    config = NativeViTConfig(
-        patch_size=fields.square("patch_size"),
-        frames=1,
-        merge=1,
-        embed_dim=fields("hidden_size"),
-        num_layers=fields("num_hidden_layers"),
-        num_heads=fields("num_attention_heads"),
-        mlp_dim=fields("intermediate_size"),
-        activation=fields.activation("hidden_act"),
-        norm_eps=fields("layer_norm_eps"),
-        patch_bias=True,
-        rope_theta=0.0,
-        table_side=side,
-        smooth_table=True,
-        post_norm=True,
-    )
-    fields.finish()
-    return config
+    return siglip.native(fields, merge=1, table_side=side, smooth_table=True)
 
 
 def weights(config: NativeViTConfig, theirs: str = "", ours: str = "") -> tuple[Weight, ...]:
     """SigLIP's, but for the map of the patches, which is no convolution."""
-    table = clip.weights(ViTConfig(patch_size=config.patch_size), theirs, ours)
-    patch = f"{ours}patch_embed/kernel"
-    return tuple(replace(w, pattern=LINEAR, sizes=()) if w.path == patch else w for w in table)
+    return siglip.native_weights(config, theirs, ours, pattern=LINEAR, sizes=())
 
 
 def _inputs(config: NativeViTConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
