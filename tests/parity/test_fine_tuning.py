@@ -106,16 +106,21 @@ def config_of(directory: Path, data: Path, slots: int, **init) -> RunConfig:
     )
 
 
-@pytest.fixture(scope="module", params=SYSTEMS)
-def tuned(request, tmp_path_factory):
-    """(name, the checkpoint, the config, a run that nobody interrupted)"""
-    root = tmp_path_factory.mktemp(request.param)
-    build, _, slots, stop = SYSTEMS[request.param]
+def begin(name: str, root: Path, data: Path) -> RunConfig:
+    """Both stages of one of `SYSTEMS` on some conversations, from the checkpoint that is written to root / "hf"."""
+    build, _, slots, stop = SYSTEMS[name]
     build(root / "hf")
     if stop:
         ids = transformers.AutoTokenizer.from_pretrained(root / "hf").convert_tokens_to_ids([stop])
         (root / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    config = config_of(root / "hf", write_data(root), slots)
+    return config_of(root / "hf", data, slots)
+
+
+@pytest.fixture(scope="module", params=SYSTEMS)
+def tuned(request, tmp_path_factory):
+    """(name, the checkpoint, the config, a run that nobody interrupted)"""
+    root = tmp_path_factory.mktemp(request.param)
+    config = begin(request.param, root, write_data(root))
     check(config)
     assert loop.train(config, root / "run")
     return request.param, root / "hf", config, root / "run"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 import mm_jax  # noqa: E402
 from mm_jax.data.messages import Image  # noqa: E402
@@ -22,7 +22,7 @@ from mm_jax.train.losses import answer_log_probs  # noqa: E402
 from mm_jax.train.metrics import read_metrics  # noqa: E402
 from mm_jax.train.setup import check_model, prepare  # noqa: E402
 from tests.parity import hosts  # noqa: E402
-from tests.parity.test_fine_tuning import SYSTEMS, config_of  # noqa: E402
+from tests.parity.test_fine_tuning import begin  # noqa: E402
 
 SHOWN = ["red circle", "blue square", "red digit_7", "fox"]
 
@@ -49,18 +49,15 @@ def write_data(root):
 def tuned(request, tmp_path_factory):
     """(name, config, run): a stage with names, where media tokens have places, and one with pairs."""
     root = tmp_path_factory.mktemp(request.param)
-    build, _, slots, stop = SYSTEMS[request.param]
-    build(root / "hf")
-    if stop:
-        ids = transformers.AutoTokenizer.from_pretrained(root / "hf").convert_tokens_to_ids([stop])
-        (root / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    config = config_of(root / "hf", write_data(root), slots)
+    config = begin(request.param, root, write_data(root))
     named = replace(config.stages["align"], steps=6, naming=0.0 if request.param == "mllama" else 0.5)
     prefer = replace(
         config.stages["instruct"],
         steps=6,
         loss="preference",
-        batch=BatchConfig(rows=1, length=256, images=slots, pairs=2, accumulate=2, bins=2),
+        batch=BatchConfig(
+            rows=1, length=256, images=config.stages["instruct"].batch.images, pairs=2, accumulate=2, bins=2
+        ),
         preference=PreferenceConfig(questions=8, pairs=4),
         answer_weight="sqrt",
     )
