@@ -12,7 +12,7 @@ import numpy as np
 from mm_jax.errors import UserError
 from mm_jax.inference.batch import count_bucket, length_bucket
 from mm_jax.inference.features import FeaturePool
-from mm_jax.inference.programs import Programs, Reading, Said, State, committed
+from mm_jax.inference.programs import Programs, Reading, Said, State
 from mm_jax.inference.prompt import Medium, Prompt
 from mm_jax.inference.request import Answer, Guide, Logprob, Request
 from mm_jax.inference.sampling import Controls, Sampling, mask_words
@@ -448,7 +448,7 @@ class Engine:
             self._images = max(self._images, count_bucket(images))
         sizes = {"length": self._cache_length, "images": self._images}
         if self._state is None:
-            self._state = committed(self._programs.start(rows=len(self._slots), **sizes))
+            self._state = self._programs.bound(self._programs.start(rows=len(self._slots), **sizes))
         elif (self._cache_length, self._images) != before:
             state, self._state = self._state, None
             self._state = self._programs.grow(state, **sizes)

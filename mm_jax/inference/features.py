@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from mm_jax.inference.programs import Programs, committed
+from mm_jax.inference.programs import Programs
 from mm_jax.inference.prompt import Medium
 
 SMALL = 256  # features of a medium of several slots, such as the patches of a picture, that is encoded with others
@@ -86,7 +86,7 @@ class FeaturePool:
 
     def _start(self, capacity: int) -> None:
         self.capacity = capacity
-        self.array = committed(self._programs.pool(capacity=capacity))
+        self.array = self._programs.bound(self._programs.pool(capacity=capacity))
         self._first, self._media, self._next = {}, {}, 0
 
     def _room(self, size: int, kept: set[bytes]) -> int | None:

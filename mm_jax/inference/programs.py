@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mm_jax.inference.sampling import ALTERNATIVES, Choice, Controls, Tables, sample
 from mm_jax.models import MultimodalLM, init_cache
@@ -176,6 +177,19 @@ class Programs:
         """3 for M-RoPE, 0 for plain positions."""
         return 3 if self.model.config.decoder.rope_sections else 0
 
+    def bound(self, tree: Any) -> Any:
+        """The same arrays, bound to the devices of the parameters: a program is compiled once more for arrays that are
+        not, such as those that were made of nothing, and those lie on the first device, wherever the parameters are."""
+        home = next((x.sharding for x in jax.tree.leaves(self.params) if isinstance(x, jax.Array)), None)
+
+        def place(x: jax.Array) -> jax.Array:
+            if home is None or x.sharding.device_set == home.device_set:
+                return jax.device_put(x, x.sharding)
+            whole = NamedSharding(home.mesh, PartitionSpec()) if isinstance(home, NamedSharding) else home
+            return jax.device_put(x, whole)
+
+        return jax.tree.map(place, tree)
+
     @property
     def rewinds(self) -> bool:
         """Whether a row of the cache can go on from any token that it has read, and not from the newest alone."""
@@ -189,12 +203,6 @@ class Programs:
 def _traced(self: Programs, name: str, function: Any, *arguments: Any, **named: Any) -> Any:
     self.traces[name] += 1
     return function(self, *arguments, **named)
-
-
-def committed(tree: Any) -> Any:
-    """The same arrays, bound to the devices that they are on, as those of a checkpoint are: a program is compiled
-    once more for arrays that are not, such as those that were made of nothing."""
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
 
 
 def _start(self: Programs, *, rows: int, length: int, images: int = 0) -> State:
