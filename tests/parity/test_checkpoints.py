@@ -178,7 +178,7 @@ def test_every_parameter_has_a_weight(kind, tmp_path):
     if kind == "voxtral":
         values["audio_token_id"] = 24  # the reference has no default
     # the reference's own defaults do not fit each other
-    widths = {"qwen2_5_vl": 8192, "qwen3_vl": 4096, "qwen3_vl_moe": 2048}
+    widths = {"qwen2_5_vl": 8192, "qwen3_vl": 4096, "qwen3_5": 4096, "qwen3_vl_moe": 2048}
     if kind == "qwen2_vl":
         values["vision_config"] = {"hidden_size": 8192}
     elif kind in widths:
